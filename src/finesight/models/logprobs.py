@@ -1,0 +1,73 @@
+"""Log-probabilities of target tokens, without ever holding all logits.
+
+Shapes: N targets, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Rows of logits held at once: 1,024 rows of a vocabulary of 151,936 in float32 take 0.6 GiB.
+CHUNK_TARGETS = 1024
+
+
+def target_logprobs(hidden: torch.Tensor, weight: torch.Tensor, token: torch.Tensor, chunk: int = CHUNK_TARGETS) -> torch.Tensor:
+    """log softmax(hidden @ weightᵀ)[token] of each target.
+
+    Only `chunk` rows of logits exist at a time. The backward pass computes them again from the saved logsumexp, so that
+    memory does not grow with N × V, and any loss may be put on the result.
+
+    Args:
+        hidden: (N, D) final hidden states.
+        weight: (V, D) vocabulary matrix.
+        token: (N,) int64.
+
+    Returns:
+        (N,) in float32 (float64 for float64 inputs).
+    """
+    return _TargetLogProbs.apply(hidden, weight, token, chunk)
+
+
+def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """d logp / d logits = onehot(token) - softmax(logits), with softmax = exp(logits - logsumexp)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, token: torch.Tensor, chunk: int) -> torch.Tensor:
+        exact = _exact_dtype(hidden.dtype)
+        weight = weight.to(hidden.dtype)
+        logprobs = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
+        logsumexp = torch.empty_like(logprobs)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = (hidden[rows] @ weight.T).to(exact)
+            logsumexp[rows] = torch.logsumexp(logits, dim=-1)
+            logprobs[rows] = logits.gather(1, token[rows, None]).squeeze(1) - logsumexp[rows]
+        ctx.save_for_backward(hidden, weight, token, logsumexp)
+        ctx.chunk = chunk
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        (grad,) = grads
+        hidden, weight, token, logsumexp = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Chunks are added up in full precision: bfloat16 would lose most of the later ones.
+        grad_weight = torch.zeros_like(weight, dtype=logsumexp.dtype) if needs_weight else None
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            logits = (hidden[rows] @ weight.T).to(logsumexp.dtype)
+            grad_logits = torch.exp(logits - logsumexp[rows, None]).mul_(-grad[rows, None])
+            grad_logits.scatter_add_(1, token[rows, None], grad[rows, None])
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[rows]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -1,0 +1,405 @@
+"""Every setting of a run, in one frozen and strict object. Imports no torch.
+
+A recipe is read from YAML; `section.name=value` overrides are applied on top; whatever is unknown is refused with the
+nearest known name. Names are those that users of transformers, peft and TRL know; units are in names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from finesight.errors import RecipeError
+
+Tracker = Literal["tensorboard", "swanlab", "wandb", "mlflow", "trackio"]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, strict about names, values not re-interpreted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class ModelSettings(Settings):
+    name_or_path: str = Field(description="Checkpoint: a folder, or a name on the hub.")
+    hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="Where a name is looked up.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Precision of the base weights; auto: bfloat16 where the GPU has it, float16 on older GPUs, float32 on a CPU."
+    )
+    adapter: str | None = Field(None, description="Adapter folder to go on from (its r, targets and pixel limits are kept).")
+
+
+class TuningSettings(Settings):
+    """What trains."""
+
+    method: Literal["lora", "full"] = Field("lora", description="lora: an adapter; full: the weights themselves.")
+    r: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(16, gt=0, description="Scale of the adapter: its update counts lora_alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter; above 0 no prefix is shared.")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases train beside the adapter.")
+    use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    finetune_vision_layers: bool = Field(False, description="Train the blocks of the vision tower.")
+    finetune_merger: bool = Field(False, description="Train the merger (and DeepStack mergers) between tower and language model.")
+    finetune_language_layers: bool = Field(True, description="Train the layers of the language model.")
+    finetune_attention_modules: bool = Field(True, description="Among those, the attention projections.")
+    finetune_mlp_modules: bool = Field(True, description="Among those, the MLP projections (of a mixture of experts: none).")
+    bf16_updates: Literal["float32_masters", "stochastic_rounding"] = Field(
+        "float32_masters",
+        description="How small updates of bfloat16 weights survive in full tuning: float32 copies (4 bytes a weight) or stochastic rounding.",
+    )
+
+
+class ColumnSettings(Settings):
+    """Which column of a plain table is what."""
+
+    image: str | list[str] | None = Field(None, description="Column(s) with an image or a list of images.")
+    video: str | None = Field(None, description="Column with a video.")
+    question: str | None = Field(None, description="Column with the question; may be left out when `prompt` names columns itself.")
+    answer: str | None = Field(None, description="Column with the answer; a list: its first entry is trained on, all count as right.")
+    answers: str | None = Field(None, description="Column with all accepted answers, for graders.")
+    ground_truth: str | None = Field(None, description="Column handed to rewards and graders as ground_truth.")
+    weight: str | None = Field(None, description="Column with the weight of the sample.")
+    system: str | None = Field(None, description="Column with the system prompt.")
+    extra: list[str] = Field(default_factory=list, description="Further columns handed to rewards and graders.")
+
+
+class SourceSettings(Settings):
+    """One source of rows."""
+
+    path: str = Field(description="File (.json, .jsonl, .parquet, .arrow, .csv), folder (save_to_disk, dataset_info.json) or hub name.")
+    hub: Literal["huggingface", "modelscope"] = Field("huggingface", description="Where a hub name is looked up.")
+    format: Literal["auto", "messages", "prompt_completion", "conversations", "llamafactory", "qwen_inline", "table"] = Field(
+        "auto", description="How rows are written; auto tells by looking at them."
+    )
+    split: str = Field("train", description="Split of a hub dataset or saved folder.")
+    name: str | None = Field(None, description="Configuration of a hub dataset, or the entry of a dataset_info.json.")
+    columns: ColumnSettings | None = Field(None, description="For tables: which column is what.")
+    prompt: str | None = Field(
+        None, description="For tables: template of the user turn, {column} is replaced, e.g. '{query}\\nAnswer briefly.'"
+    )
+    formatter: str | None = Field(None, description="module:function from a row (dict) to a messages-style dict.")
+    media_dir: str | None = Field(None, description="Second folder that image paths are resolved against.")
+    weight_column: str | None = Field(None, description="Column with the weight of the sample, for formats other than tables.")
+    system: str | None = Field(None, description="System prompt for rows that have none.")
+
+
+class DataSettings(Settings):
+    train: list[SourceSettings] = Field(default_factory=list, description="Rows to train on.")
+    eval_split: str | None = Field(None, description="Hold-out: '5%', 'last 4', or the path of a file. Split by image.")
+    image_first: bool = Field(False, description="Move the images of a leading user turn ahead of its text, so that more is shared.")
+    train_on: Literal["all", "last"] = Field("all", description="Assistant turns that are trained on.")
+    min_pixels: int | None = Field(None, ge=1, description="Lower pixel limit of an image; none: the checkpoint's own.")
+    max_pixels: int | None = Field(None, ge=1, description="Upper pixel limit of an image; none: the checkpoint's own.")
+    video_min_pixels: int | None = Field(None, ge=1, description="Lower pixel limit of a video (of a frame for Qwen2.5-VL).")
+    video_max_pixels: int | None = Field(None, ge=1, description="Upper pixel limit of a video (of a frame for Qwen2.5-VL).")
+    fps: float = Field(2.0, gt=0, description="Frames sampled a second of video.")
+    max_frames: int = Field(768, ge=2, description="Most frames sampled of one video.")
+    max_length_tokens: int | None = Field(None, ge=1, description="Longest sample; none: training.token_budget.")
+    too_long: Literal["refuse", "shrink_pixels", "drop_turns"] = Field(
+        "refuse", description="A sample past that: stop; shrink its images; or drop turns from the end of the conversation."
+    )
+    on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop: report all bad rows and stop; skip: report, count and go on.")
+    allow_urls: bool = Field(False, description="Fetch http(s) images that rows name.")
+    allowed_dirs: list[str] = Field(default_factory=list, description="Further folders that media may lie in.")
+    share_prefixes: bool = Field(True, description="Compute images and leading turns that samples share once.")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        """A path, or one source, may stand for the list of them."""
+        if isinstance(value, str):
+            return [{"path": value}]
+        if isinstance(value, Mapping):
+            return [value]
+        if isinstance(value, Sequence):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("eval_split", mode="after")
+    @classmethod
+    def _readable_split(cls, value: str | None) -> str | None:
+        if value is None:
+            return value
+        try:
+            if value.endswith("%") and not 0 < float(value[:-1]) < 100:
+                raise ValueError
+            if value.startswith("last ") and int(value[5:]) < 1:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{value!r} is neither a share such as '5%', nor 'last 4', nor a path") from None
+        return value
+
+
+class TrainingSettings(Settings):
+    output_dir: str = Field("runs/default", description="Folder of the run.")
+    train_batch_size: int = Field(8, ge=1, description="Samples in one optimizer step, whatever the packs and the number of GPUs.")
+    token_budget: int = Field(8192, ge=1, description="Most tokens in one packed forward pass; a matter of memory and speed only.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the data.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, whatever the epochs.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    vision_learning_rate: float | None = Field(None, gt=0, description="Of the tower; none: learning_rate.")
+    merger_learning_rate: float | None = Field(None, gt=0, description="Of the merger; none: learning_rate.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"] = Field(
+        "cosine", description="Shape of the schedule."
+    )
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="For cosine_with_min_lr: the last learning rate over the peak.")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps in which the learning rate rises.")
+    warmup_steps: int | None = Field(None, ge=0, description="The same as a number of steps; goes before the ratio.")
+    optim: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw", description="adamw; adamw_8bit needs the gpu extra; muon for matrices with adamw for the rest (full tuning)."
+    )
+    muon_learning_rate: float | None = Field(None, gt=0, description="Of the matrices under muon; none: learning_rate.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="First-moment decay of Adam.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Second-moment decay of Adam.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Term added to the denominator of Adam.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay, on matrices only.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never.")
+    gradient_checkpointing: bool = Field(True, description="Recompute layers in the backward pass to save memory.")
+    seed: int = Field(3407, ge=0, description="Seed of adapters and dropout.")
+    data_seed: int | None = Field(None, ge=0, description="Seed of the order of samples; none: seed.")
+    shuffle: bool = Field(True, description="New order each epoch.")
+    logging_steps: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
+    save_strategy: Literal["no", "steps", "epoch"] = Field(
+        "epoch", description="When checkpoints are written; the end of training always is."
+    )
+    save_steps: int = Field(100, ge=1, description="For save_strategy steps.")
+    save_total_limit: int | None = Field(2, ge=1, description="Checkpoints kept; the best one is kept besides.")
+    save_only_model: bool = Field(False, description="No optimizer state: smaller, but such a checkpoint cannot be resumed.")
+    eval_strategy: Literal["no", "steps", "epoch"] = Field("no", description="When the held-out loss is measured.")
+    eval_steps: int = Field(100, ge=1, description="For eval_strategy steps.")
+    early_stopping_patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without a better loss.")
+    load_best_model_at_end: bool = Field(False, description="End with the checkpoint of the lowest held-out loss.")
+    sample_answers: int = Field(0, ge=0, description="Held-out prompts answered at each evaluation, kept with their images.")
+    resume: bool | str = Field(False, description="true: from the newest valid checkpoint of output_dir; or the path of one.")
+    report_to: list[Tracker] = Field(default_factory=list, description="Trackers, through accelerate; none are contacted by default.")
+    num_workers: int = Field(0, ge=0, description="Processes that open and resize images ahead of the training loop.")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        if value in (None, "none"):
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_are_samples(cls, value: Any) -> Any:
+        """Names from other trainers that mean the same thing are answered with the equivalent."""
+        if isinstance(value, Mapping):
+            per_device = value.get("per_device_train_batch_size", value.get("batch_size"))
+            accumulation = value.get("gradient_accumulation_steps")
+            if per_device is not None or accumulation is not None:
+                a, b = int(per_device or 1), int(accumulation or 1)
+                raise ValueError(
+                    f"a step is a number of samples here: your batch of {a} × {b} is `train_batch_size: {a * b}` "
+                    "(times the number of GPUs, if there are several); remove "
+                    + " and ".join(k for k in ("per_device_train_batch_size", "batch_size", "gradient_accumulation_steps") if k in value)
+                )
+        return value
+
+
+class TaskSettings(Settings):
+    """One thing to be judged: data, and how an answer is graded."""
+
+    name: str = Field(description="Name in tables and reports.")
+    data: SourceSettings | Literal["eval_split"] = Field("eval_split", description="Rows with answers; eval_split: the held-out rows.")
+    grader: str = Field("exact_match", description="How an answer is graded; `finesight eval --graders` lists them.")
+    max_samples: int | None = Field(None, ge=1, description="Judge only so many rows, evenly spread.")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) and value != "eval_split" else value
+
+
+class EvaluationSettings(Settings):
+    tasks: list[TaskSettings] = Field(default_factory=list, description="What is judged before and after training.")
+    text_probe: str | None = Field(
+        "builtin", description="Text-only questions that show forgetting: builtin, a JSONL file of question and answer, or null."
+    )
+    max_completion_length: int = Field(128, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(0.0, ge=0, description="0: the most likely token each time.")
+    batch_size: int = Field(8, ge=1, description="Prompts answered side by side.")
+
+
+class Recipe(Settings):
+    """A whole run."""
+
+    model: ModelSettings
+    tuning: TuningSettings = Field(default_factory=TuningSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        d, t, u = self.data, self.training, self.tuning
+        if d.min_pixels and d.max_pixels and d.min_pixels > d.max_pixels:
+            raise ValueError(f"data.min_pixels ({d.min_pixels}) is larger than data.max_pixels ({d.max_pixels}); swap or change them")
+        if "share_prefixes" in d.model_fields_set and d.share_prefixes and u.method == "lora" and u.lora_dropout > 0:
+            raise ValueError(
+                "data.share_prefixes and tuning.lora_dropout cannot both be asked for: dropout draws a mask for each sample, "
+                "a shared prefix has only one. Set tuning.lora_dropout: 0 or data.share_prefixes: false"
+            )
+        needs_eval = {
+            "training.eval_strategy": t.eval_strategy != "no",
+            "training.early_stopping_patience": t.early_stopping_patience is not None,
+            "training.load_best_model_at_end": t.load_best_model_at_end,
+        }
+        if d.eval_split is None and (asked := [name for name, on in needs_eval.items() if on]):
+            raise ValueError(f"{', '.join(asked)}: needs held-out rows; set data.eval_split, for example '5%'")
+        if t.eval_strategy == "no" and (t.early_stopping_patience or t.load_best_model_at_end):
+            raise ValueError("early stopping and load_best_model_at_end need training.eval_strategy: steps or epoch")
+        if t.optim == "muon" and u.method != "full":
+            raise ValueError("training.optim: muon is for full tuning; use adamw with an adapter")
+        if u.method == "lora" and not (u.finetune_language_layers or u.finetune_vision_layers or u.finetune_merger):
+            raise ValueError("nothing trains: set one of tuning.finetune_language_layers, finetune_vision_layers, finetune_merger")
+        if self.model.adapter and u.method == "full":
+            raise ValueError("model.adapter is for tuning.method: lora")
+        return self
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether samples may share computation: off under adapter dropout (DESIGN, exactness)."""
+        return self.data.share_prefixes and not (self.tuning.method == "lora" and self.tuning.lora_dropout > 0)
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply dotted overrides such as ``training.learning_rate=2e-5``.
+
+    Raises:
+        RecipeError: the file is missing or no YAML, a name is unknown, or a value does not fit.
+    """
+    content: Any = {}
+    if path is not None:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise RecipeError(
+                f"Recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file (`finesight init` writes one)."
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"Recipe {path} is not valid YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise RecipeError(f"Recipe {path} must hold sections (model, data, training, …), not a {type(content).__name__}.")
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_recipe(content, origin=str(path) if path is not None else "the settings given")
+
+
+def parse_recipe(content: Mapping[str, Any], origin: str = "the settings given") -> Recipe:
+    """A nested dict to a recipe; every problem is reported at once, unknown names with the nearest known one.
+
+    Raises:
+        RecipeError: as in :func:`load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(_yaml_numbers(content))
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise RecipeError(f"{origin}: {len(lines)} setting(s) cannot be used:\n  " + "\n  ".join(lines)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML that :func:`load_recipe` reads back unchanged."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise RecipeError(f"Override {override!r} is not of the form section.name=value, for example training.learning_rate=2e-5.")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *sections, last = name.strip().split(".")
+    node: Any = content
+    for position, key in enumerate([*sections, last]):
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise RecipeError(
+                    f"Override {override!r}: {'.'.join(sections[:position])} is a list of {len(node)}; {key!r} is no entry of it."
+                )
+            if position == len(sections):
+                node[int(key)] = value
+                return
+            node = node[int(key)]
+            continue
+        if not isinstance(node, dict):
+            raise RecipeError(f"Override {override!r}: {'.'.join(sections[:position])} is a single value and has no {key!r}.")
+        if position == len(sections):
+            node[key] = value
+            return
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+
+
+def _yaml_numbers(value: Any) -> Any:
+    """YAML 1.1 reads `2e-5` (no dot) as text; people mean the number."""
+    if isinstance(value, Mapping):
+        return {k: _yaml_numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_yaml_numbers(v) for v in value]
+    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic problem, in the words of a recipe."""
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_names(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        elsewhere = [path for path in all_setting_names() if path.rsplit(".", 1)[-1] == location[-1]]
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        if elsewhere and not (near and near[0] == location[-1]):
+            hint = f"did you mean {elsewhere[0]!r}?"
+        return f"{name}: unknown setting; {hint}"
+    if problem["type"] == "missing":
+        return f"{name}: must be given"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = problem.get("input")
+    if isinstance(shown, (str, int, float, bool)) or shown is None:
+        message += f" (got {shown!r})"
+    return f"{name}: {message}" if name else message
+
+
+def _section(annotation: Any) -> type[Settings] | None:
+    """The settings class inside an annotation such as `list[SourceSettings] | None`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    for argument in get_args(annotation):
+        if (found := _section(argument)) is not None:
+            return found
+    return None
+
+
+def _known_names(location: Sequence[str]) -> list[str]:
+    section: type[Settings] = Recipe
+    for key in location:
+        if key.isdigit() or key not in section.model_fields:
+            continue
+        section = _section(section.model_fields[key].annotation) or section
+    return list(section.model_fields)
+
+
+def all_setting_names(section: type[Settings] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted names of all settings, sections opened."""
+    names: list[str] = []
+    for key, info in section.model_fields.items():
+        inner = _section(info.annotation)
+        names += all_setting_names(inner, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+    return names

@@ -1,0 +1,125 @@
+"""Samples -> trees -> packs: nothing is lost, nothing leaks, targets weigh what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finesight.data.conversation import Part, RowSource
+from finesight.data.pack import MIN_SHARED_TOKENS, grow_forest, pack_step
+from finesight.data.sample import Sample, VisualItem
+from finesight.geometry import Grid
+
+IMAGE_PAD = 7
+
+
+def sample(text: list[int], *, image: str | None = None, answer: int = 2, weight: float = 1.0, at: int = 0) -> Sample:
+    """Text with four visual tokens of one image at `at`; the last `answer` tokens are trained."""
+    ids, items = list(text), ()
+    if image:
+        ids[at:at] = [IMAGE_PAD] * 4
+        items = (VisualItem("image", Part("image"), Grid(1, 4, 4), 32, 32, ((at, 4),), image),)
+    length = len(ids)
+    trained = np.zeros(length, bool)
+    trained[length - answer :] = True
+    return Sample(np.array(ids), np.tile(np.arange(length), (3, 1)), trained, items, length, RowSource("t", 0), weight)
+
+
+def patches_of(item: VisualItem) -> np.ndarray:
+    return np.full((item.grid.patches, 3), hash(item.key) % 97, np.float32)
+
+
+def test_common_beginning_is_computed_once() -> None:
+    prefix = list(range(100, 130))
+    samples = [sample([*prefix, 1, 2]), sample([*prefix, 3, 4, 5]), sample([*range(200, 210)])]
+    (plan,) = pack_step(samples, token_budget=1000, share=True)
+    assert plan.num_tokens == 30 + 2 + 3 + 10
+    assert plan.unshared_tokens == 32 + 33 + 10
+    batch = plan.build(patches_of)
+    first_targets = batch.predict_from[np.isin(batch.token, [1, 4])]
+    prefix_end = int(np.flatnonzero(batch.input_ids.numpy() == 129)[0])
+    # the first token of the short branch is predicted by the last token of the prefix
+    assert prefix_end in first_targets.tolist()
+
+
+def test_short_beginnings_are_not_worth_a_branch() -> None:
+    prefix = list(range(100, 100 + MIN_SHARED_TOKENS - 1))
+    assert len(grow_forest([sample([*prefix, 1, 2]), sample([*prefix, 3, 4])], token_budget=1000, share=True)) == 2
+
+
+def test_same_tokens_over_other_pixels_are_not_shared() -> None:
+    text = list(range(100, 130))
+    same = [sample([*text, 1, 2], image="a"), sample([*text, 3, 4], image="a")]
+    other = [same[0], sample([*text, 3, 4], image="b")]
+    assert len(grow_forest(same, token_budget=1000, share=True)) == 1
+    assert len(grow_forest(other, token_budget=1000, share=True)) == 2
+
+
+def test_an_image_met_twice_is_computed_once() -> None:
+    samples = [sample(list(range(100, 130)), image="a", at=3), sample(list(range(200, 230)), image="a", at=9)]
+    (plan,) = pack_step(samples, token_budget=1000, share=True)
+    batch = plan.build(patches_of)
+    assert batch.patches.shape[0] == 16
+    assert batch.visual_source.tolist() == [0, 1, 2, 3] * 2
+    assert (batch.input_ids[batch.visual_index] == IMAGE_PAD).all()
+
+
+def test_shared_targets_weigh_as_often_as_they_are_shared() -> None:
+    prefix = list(range(100, 130))
+    samples = [sample([*prefix, 1, 2], answer=12, weight=1.0), sample([*prefix, 3, 4], answer=12, weight=0.25)]
+    (plan,) = pack_step(samples, token_budget=1000, share=True)
+    batch = plan.build(patches_of)
+    by_token = dict(zip(batch.token.tolist(), batch.weight.tolist(), strict=True))
+    assert by_token[125] == pytest.approx(1.25)
+    assert by_token[1] == 1.0
+    assert by_token[3] == 0.25
+    assert batch.weight.sum().item() == pytest.approx(plan.target_weight) == sum(s.target_weight for s in samples)
+
+
+def test_a_row_given_twice_needs_no_branch() -> None:
+    row = sample(list(range(100, 140)), answer=5)
+    (plan,) = pack_step([row, row], token_budget=1000, share=True)
+    assert plan.num_tokens == 40
+    assert plan.build(patches_of).weight.tolist() == [2.0] * 5
+
+
+def test_a_tree_larger_than_the_budget_is_divided() -> None:
+    prefix = list(range(100, 160))
+    samples = [sample([*prefix, *range(200 + 20 * i, 220 + 20 * i)]) for i in range(6)]
+    plans = pack_step(samples, token_budget=120, share=True)
+    assert all(plan.num_tokens <= 120 for plan in plans)
+    assert sum(len(plan.samples) for plan in plans) == 6
+
+
+rows = st.lists(
+    st.builds(
+        lambda stem, n, tail, image, answer: sample([*range(100, 100 + n), *([500 + stem] * 20)[: n % 21], *tail], image=image, answer=answer),
+        st.integers(0, 2), st.integers(0, 40), st.lists(st.integers(1, 3), min_size=3, max_size=6),
+        st.sampled_from([None, "a", "b"]), st.integers(1, 3),
+    ),
+    min_size=1, max_size=9,
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows, st.booleans(), st.integers(80, 400))
+def test_every_sample_reads_the_same_in_the_forest(samples: list[Sample], share: bool, budget: int) -> None:
+    """Each sample's tokens, positions and targets can be read back along its path, whatever was shared."""
+    plans = pack_step(samples, token_budget=budget, share=share)
+    assert sorted(id(s) for plan in plans for s in plan.samples) == sorted(id(s) for s in samples)
+    for plan in plans:
+        assert plan.num_tokens <= budget
+        batch = plan.build(patches_of)
+        layout = batch.layout
+        keys = layout.key_index.numpy() if layout.key_index is not None else np.arange(batch.num_tokens)
+        ends = np.cumsum(layout.key_lengths)
+        paths = [keys[end - length : end] for end, length in zip(ends, layout.key_lengths, strict=True)]
+        as_read = {(batch.input_ids[p].numpy().tobytes(), batch.position_ids[:, p].numpy().tobytes()) for p in paths}
+        for s in plan.samples:
+            assert (s.token_ids.tobytes(), s.position_ids.tobytes()) in as_read
+        assert batch.weight.sum().item() == pytest.approx(sum(s.target_weight for s in plan.samples))
+        expected = {(int(s.token_ids[i]), int(s.token_ids[i - 1])) for s in plan.samples for i in np.flatnonzero(s.trained)}
+        found = set(zip(batch.token.tolist(), batch.input_ids[batch.predict_from].tolist(), strict=True))
+        assert found == expected

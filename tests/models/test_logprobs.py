@@ -1,0 +1,54 @@
+"""Chunked log-probabilities of targets against a full log softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finesight.models.logprobs import target_logprobs
+
+
+def full(hidden: torch.Tensor, weight: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax((hidden @ weight.T).double(), -1).gather(1, token[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_values_and_gradients_do_not_depend_on_chunks(chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    token = torch.tensor([0, 10, 3, 3, 7, 1, 0])
+    found, expected = target_logprobs(hidden, weight, token, chunk), full(hidden, weight, token)
+    assert torch.allclose(found, expected, atol=1e-12)
+    # a loss that is not linear in the log-probabilities, as clipped ratios are not
+    probe = torch.randn(7, dtype=torch.float64)
+    grads = [torch.autograd.grad((probe * x.exp()).sum(), (hidden, weight)) for x in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    token = torch.tensor([5, 0, 2, 2])
+    assert torch.autograd.gradcheck(lambda h, w: target_logprobs(h, w, token, 2), (hidden, weight))
+
+
+def test_large_logits_stay_finite_and_no_target_is_fine() -> None:
+    hidden = torch.full((2, 4), 500.0, requires_grad=True)
+    weight = torch.randn(9, 4)
+    logprobs = target_logprobs(hidden, weight, torch.tensor([1, 2]))
+    logprobs.sum().backward()
+    assert torch.isfinite(logprobs).all()
+    assert torch.isfinite(hidden.grad).all()
+    assert target_logprobs(hidden[:0], weight, torch.empty(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(500, 32).bfloat16()
+    token = torch.randint(0, 500, (64,))
+    found = target_logprobs(hidden, weight, token)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), full(hidden.float(), weight.float(), token), atol=0.1)
