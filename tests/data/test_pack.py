@@ -96,7 +96,7 @@ def test_a_tree_larger_than_the_budget_is_divided() -> None:
 rows = st.lists(
     st.builds(
         lambda stem, n, tail, image, answer: sample([*range(100, 100 + n), *([500 + stem] * 20)[: n % 21], *tail], image=image, answer=answer),
-        st.integers(0, 2), st.integers(0, 40), st.lists(st.integers(1, 3), min_size=3, max_size=6),
+        st.integers(0, 2), st.integers(0, 40), st.lists(st.integers(1, 3), min_size=4, max_size=7),
         st.sampled_from([None, "a", "b"]), st.integers(1, 3),
     ),
     min_size=1, max_size=9,
@@ -123,3 +123,15 @@ def test_every_sample_reads_the_same_in_the_forest(samples: list[Sample], share:
         expected = {(int(s.token_ids[i]), int(s.token_ids[i - 1])) for s in plan.samples for i in np.flatnonzero(s.trained)}
         found = set(zip(batch.token.tolist(), batch.input_ids[batch.predict_from].tolist(), strict=True))
         assert found == expected
+
+
+def test_filling_tokens_change_nothing() -> None:
+    samples = [sample(list(range(100, 130))), sample(list(range(200, 240)))]
+    (plan,) = pack_step(samples, token_budget=1000, share=True)
+    plain, filled = plan.build(patches_of), plan.build(patches_of, length=512)
+    assert filled.num_tokens == 512
+    assert filled.layout.query_lengths[:2] == plain.layout.query_lengths
+    assert filled.layout.cu_queries[-1] == 512
+    for name in ("predict_from", "token", "weight", "sequence"):
+        assert getattr(filled, name).tolist() == getattr(plain, name).tolist()
+    assert (filled.layout.max_queries, len(filled.layout.cu_queries)) == (128, 65)

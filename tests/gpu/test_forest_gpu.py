@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from finesight.data.pack import AttentionLayout, pack_step
+from finesight.data.layout import AttentionLayout
+from finesight.data.pack import pack_step
 from finesight.models.attention import forest_attention, supports_varlen
 from finesight.models.packed import PackedModel
 from models.test_attention import forest, written_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finesight.data.pack import AttentionLayout
+from finesight.data.layout import AttentionLayout
 from finesight.models.attention import forest_attention
 
 
@@ -21,7 +21,7 @@ def written_out(query, key, value, layout: AttentionLayout, causal: bool) -> tor
         q, k, v = query[q0 : q0 + nq], key[k0 : k0 + nk], value[k0 : k0 + nk]
         scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
         if causal:
-            seen = torch.arange(nk)[None] <= torch.arange(nq)[:, None] + (nk - nq)
+            seen = torch.ones(nq, nk, dtype=torch.bool, device=q.device).tril(nk - nq)
             scores = scores.masked_fill(~seen, float("-inf"))
         out[q0 : q0 + nq] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
         q0, k0 = q0 + nq, k0 + nk

@@ -14,18 +14,23 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
+from finesight.data.layout import AttentionLayout, Movable, TowerLayout, TowerShape, tower_layout
 from finesight.data.sample import Sample, VisualItem
 from finesight.geometry import Grid
 
 # Fewer common tokens than this are computed again: a branch costs a gather of its ancestors' keys, which a chat
 # header's worth of tokens does not repay.
 MIN_SHARED_TOKENS = 16
+# Filling tokens come in segments of this length: attention over them then costs next to nothing.
+FILLING_SEGMENT = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,71 +58,7 @@ class Tree:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionLayout:
-    """Which keys each segment's queries see. Queries of a segment stand side by side in the packed sequence.
-
-    `key_index` names, segment after segment, the packed tokens whose keys it sees: its ancestors' from the root, then
-    its own. None where every segment sees only itself.
-    """
-
-    query_lengths: tuple[int, ...]  # (S,)
-    key_lengths: tuple[int, ...]  # (S,), equal to query_lengths where there are no ancestors
-    cu_queries: torch.Tensor  # (S + 1,) int32, cumulative query lengths
-    cu_keys: torch.Tensor  # (S + 1,) int32
-    key_index: torch.Tensor | None = None  # (K,) int64
-
-    @staticmethod
-    def of_lengths(
-        query_lengths: Sequence[int], key_lengths: Sequence[int] | None = None, key_index: torch.Tensor | None = None
-    ) -> AttentionLayout:
-        """A layout of segments with these lengths, on the CPU."""
-        key_lengths = query_lengths if key_lengths is None else key_lengths
-        return AttentionLayout(tuple(query_lengths), tuple(key_lengths), _cumulative(query_lengths), _cumulative(key_lengths), key_index)
-
-    @property
-    def max_queries(self) -> int:
-        return max(self.query_lengths, default=0)
-
-    @property
-    def max_keys(self) -> int:
-        return max(self.key_lengths, default=0)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionLayout:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            cu_queries=move(self.cu_queries),
-            cu_keys=move(self.cu_keys),
-            key_index=None if self.key_index is None else move(self.key_index),
-        )
-
-    @cached_property
-    def shape_groups(self) -> tuple[tuple[int, int, torch.Tensor, torch.Tensor], ...]:
-        """Segments of equal shape together: (queries, keys, query tokens (g, queries), key rows (g, keys)).
-
-        For implementations that work on rectangular batches; key rows index the gathered keys.
-        """
-        starts_q, starts_k = np.cumsum((0, *self.query_lengths)), np.cumsum((0, *self.key_lengths))
-        groups: dict[tuple[int, int], list[int]] = {}
-        for segment, shape in enumerate(zip(self.query_lengths, self.key_lengths, strict=True)):
-            if shape[0]:
-                groups.setdefault(shape, []).append(segment)
-        device = self.cu_queries.device
-        return tuple(
-            (
-                queries,
-                keys,
-                torch.from_numpy(starts_q[members][:, None] + np.arange(queries)).to(device),
-                torch.from_numpy(starts_k[members][:, None] + np.arange(keys)).to(device),
-            )
-            for (queries, keys), members in groups.items()
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class PackedBatch:
+class PackedBatch(Movable):
     """One forward pass: a packed sequence of T tokens, its images, and its target records."""
 
     input_ids: torch.Tensor  # (T,) int64
@@ -133,6 +74,7 @@ class PackedBatch:
     weight: torch.Tensor  # (N,) float32; a target in a shared prefix weighs as often as it is shared
     sequence: torch.Tensor  # (N,) int64: the sample it belongs to (of those that share it, the first)
     num_sequences: int
+    tower: TowerLayout | None = None  # where the caller laid it out ahead
 
     @property
     def num_tokens(self) -> int:
@@ -141,29 +83,6 @@ class PackedBatch:
     @property
     def num_targets(self) -> int:
         return int(self.token.shape[0])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch on a device."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (torch.Tensor, AttentionLayout)):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, **moved)
-
-    def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory, so that copies to a GPU can overlap compute."""
-        moved: dict[str, object] = {
-            field.name: value.pin_memory() for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        layout = self.layout
-        moved["layout"] = replace(
-            layout,
-            cu_queries=layout.cu_queries.pin_memory(),
-            cu_keys=layout.cu_keys.pin_memory(),
-            key_index=None if layout.key_index is None else layout.key_index.pin_memory(),
-        )
-        return replace(self, **moved)
 
     def without_weight(self) -> PackedBatch:
         """The same work with no effect on a loss: for a process that has fewer packs in a step than the others."""
@@ -200,12 +119,22 @@ class PackPlan:
         """Distinct images and videos, in the order in which they are first met."""
         return tuple({item.key: item for sample in self.samples for item in sample.visual_items}.values())
 
-    def build(self, patches_of: Callable[[VisualItem], np.ndarray], merge_size: int = 2) -> PackedBatch:
+    def build(
+        self,
+        patches_of: Callable[[VisualItem], np.ndarray],
+        merge_size: int = 2,
+        *,
+        tower: TowerShape | None = None,
+        length: int | None = None,
+    ) -> PackedBatch:
         """Lays the trees end to end and fetches pixels.
 
         Args:
             patches_of: the patches of an image or video, (grid.patches, patch values) float32.
             merge_size: patches on a side of a visual token.
+            tower: lay out the tower's attention here, ahead of the forward pass.
+            length: fill up to this many tokens, so that shapes stay the same from batch to batch. Filling tokens attend
+                to one another alone, in short segments, and predict nothing.
         """
         items = self.visual_items
         arrays = [patches_of(item) for item in items]
@@ -217,7 +146,17 @@ class PackPlan:
         parts = _TreeArrays(self.samples, first_rows)
         for tree in self.trees:
             parts.add(tree)
-        return PackedBatch(patches=patches, grids=tuple(i.grid for i in items), item_keys=tuple(i.key for i in items), **parts.finish())
+        if length is not None:
+            parts.fill(length)
+        grids = tuple(item.grid for item in items)
+        return PackedBatch(
+            patches=patches,
+            grids=grids,
+            item_keys=tuple(item.key for item in items),
+            tower=tower_layout(grids, tower) if tower is not None and grids else None,
+            num_sequences=len(self.samples),
+            **parts.finish(steady=length is not None),
+        )
 
 
 def pack_step(samples: Sequence[Sample], *, token_budget: int, share: bool) -> list[PackPlan]:
@@ -252,7 +191,7 @@ def grow_forest(samples: Sequence[Sample], *, token_budget: int, share: bool) ->
     identities = [_identity(sample) for sample in samples]
     # Sorted by content, samples that begin alike stand side by side; what neighbours have in common says everything.
     order = sorted(range(len(samples)), key=lambda i: identities[i].astype(">i8").tobytes())
-    common = [_common_length(identities[a], identities[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common_length(identities[a], identities[b]) for a, b in pairwise(order)]
     trees: list[Tree] = []
     for low, high in _divide(common, 0, len(order), depth=0):
         _grow_within_budget(order, common, low, high, identities, token_budget, trees)
@@ -294,7 +233,7 @@ def _grow(
 def _divide(common: Sequence[int], low: int, high: int, depth: int) -> list[tuple[int, int]]:
     """Cuts a range of neighbours wherever they share less than is worth sharing beyond `depth`."""
     cuts = [low, *(i + 1 for i in range(low, high - 1) if common[i] - depth < MIN_SHARED_TOKENS), high]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 def _identity(sample: Sample) -> np.ndarray:
@@ -326,10 +265,6 @@ def _plan(samples: Sequence[Sample], trees: Sequence[Tree]) -> PackPlan:
     renumbered = {index: place for place, index in enumerate(used)}
     moved = tuple(Tree(tuple(replace(s, samples=tuple(renumbered[i] for i in s.samples)) for s in tree.segments)) for tree in trees)
     return PackPlan(tuple(samples[index] for index in used), moved)
-
-
-def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
-    return torch.from_numpy(np.cumsum((0, *lengths)).astype(np.int32))
 
 
 class _TreeArrays:
@@ -387,7 +322,17 @@ class _TreeArrays:
             (path[places - 1], first.token_ids[places], weights[places - segment.start], np.full(len(places), segment.samples[0]))
         )
 
-    def finish(self) -> dict[str, object]:
+    def fill(self, length: int) -> None:
+        """Tokens that nobody reads, up to `length`."""
+        while (missing := length - self.offset) > 0:
+            count = min(missing, FILLING_SEGMENT)
+            self.ids.append(np.zeros(count, np.int64))
+            self.positions.append(np.tile(np.arange(count), (3, 1)))
+            self.query_lengths.append(count)
+            self.keys.append(np.arange(self.offset, self.offset + count))
+            self.offset += count
+
+    def finish(self, steady: bool) -> dict[str, Any]:
         key_lengths = [len(path) for path in self.keys]
         key_index = torch.from_numpy(np.concatenate(self.keys)) if self.branched else None
         visual_index, visual_source = (
@@ -398,12 +343,11 @@ class _TreeArrays:
         return dict(
             input_ids=torch.from_numpy(np.concatenate(self.ids).astype(np.int64)),
             position_ids=torch.from_numpy(np.concatenate(self.positions, axis=1).astype(np.int64)),
-            layout=AttentionLayout.of_lengths(self.query_lengths, key_lengths, key_index),
+            layout=AttentionLayout.of_lengths(self.query_lengths, key_lengths, key_index, steady=steady),
             visual_index=torch.from_numpy(visual_index),
             visual_source=torch.from_numpy(visual_source),
             predict_from=torch.from_numpy(predict_from.astype(np.int64)),
             token=torch.from_numpy(token.astype(np.int64)),
             weight=torch.from_numpy(weight.astype(np.float32)),
             sequence=torch.from_numpy(sequence.astype(np.int64)),
-            num_sequences=len(self.samples),
         )

@@ -35,7 +35,7 @@ class Sample:
 
     token_ids: np.ndarray  # (L,) int64
     position_ids: np.ndarray  # (3, L) int64: M-RoPE axes time, height, width
-    trained: np.ndarray  # (L,) bool: token i is a target, predicted from token i - 1
+    trained: np.ndarray  # (L,) bool: token i is a target, predicted from token i - 1; never the first token
     visual_items: tuple[VisualItem, ...]  # in reading order
     next_position: int  # where a continuation goes on, on all three axes
     source: RowSource

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finesight.data.pack import AttentionLayout
+from finesight.data.layout import AttentionLayout
 
 TEXT_ATTENTION = "finesight_forest"
 # transformers' vision modules hand over the whole packed sequence at once only to implementations named "flash".

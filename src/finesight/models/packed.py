@@ -14,10 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from finesight.data.layout import TowerShape, tower_layout
 from finesight.data.pack import PackedBatch
 from finesight.models.attention import use_forest_attention
+from finesight.models.linear import accumulate_adapters
 from finesight.models.logprobs import target_logprobs
-from finesight.models.vision import TowerShape, VisualFeatures, tower_features, tower_layout
+from finesight.models.vision import VisualFeatures, tower_features
 
 
 class PackedModel(nn.Module):
@@ -33,6 +35,8 @@ class PackedModel(nn.Module):
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
         use_forest_attention(self.base)
+        if isinstance(model, PeftModel):
+            accumulate_adapters(model)
         self.tower_shape = TowerShape.of(self.base.model.visual.config)
 
     @property
@@ -73,7 +77,7 @@ class PackedModel(nn.Module):
             return None
         visual = self.base.model.visual
         trains = any(parameter.requires_grad for parameter in visual.parameters())
-        layout = tower_layout(batch.grids, self.tower_shape).to(batch.patches.device)
+        layout = batch.tower or tower_layout(batch.grids, self.tower_shape).to(batch.patches.device, non_blocking=True)
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             return tower_features(
                 visual, batch.patches, layout, recompute=self.gradient_checkpointing and trains and torch.is_grad_enabled()
