@@ -54,6 +54,7 @@ def forest_attention(
     return _grouped_attention(query, key, value, layout, causal, scale)
 
 
+@torch.compiler.assume_constant_result
 def supports_varlen(device: torch.device | str) -> bool:
     """Whether a device has variable-length attention: an NVIDIA GPU from Ampere on."""
     device = torch.device(device)

@@ -8,13 +8,14 @@ Shapes: P patches, V visual tokens (P / merge²), D hidden size of the tower, E 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
-from finesight.data.layout import TowerLayout
+from finesight.data.layout import AttentionLayout, TowerLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,38 +26,49 @@ class VisualFeatures:
     deepstack: tuple[torch.Tensor, ...]  # each (V, E), added after the first layers (Qwen3-VL)
 
 
-def tower_features(visual: nn.Module, patches: torch.Tensor, layout: TowerLayout, *, recompute: bool = False) -> VisualFeatures:
+def run_block(block: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, forest: AttentionLayout) -> torch.Tensor:
+    """One tower block over packed patches (P, D)."""
+    return block(hidden, cu_seqlens=forest.cu_queries, position_embeddings=(cos, sin), max_seqlen=forest.max_queries, forest=forest)
+
+
+def tower_features(
+    visual: nn.Module, patches: torch.Tensor, layout: TowerLayout, *, run_block: Callable[..., torch.Tensor] = run_block
+) -> VisualFeatures:
     """Runs the tower over packed patches.
 
     Args:
         visual: transformers' vision model.
         patches: (P, values of a patch), as the image processor gives them.
         layout: on the device of the patches.
-        recompute: compute blocks again in the backward pass instead of keeping their activations.
+        run_block: how a block is run; callers may compile it or compute it again in the backward pass.
     """
-    hidden = visual.patch_embed(patches)
+    hidden = _embed(visual.patch_embed, patches)
     if layout.taps is not None:
         positions = (visual.pos_embed(layout.taps) * layout.tap_weights[:, :, None]).sum(1)
         hidden = hidden + positions.to(hidden.dtype)
     if layout.window_order is not None:
         hidden = _reorder(hidden, layout.window_order)
-    rotary = _rotary(visual, layout.rotary)
+    cos, sin = _rotary(visual, layout.rotary)
     whole_frame = set(getattr(visual, "fullatt_block_indexes", range(len(visual.blocks))))
     deepstack_after = list(getattr(visual, "deepstack_visual_indexes", ()))
     deepstack: list[torch.Tensor] = []
     for index, block in enumerate(visual.blocks):
         forest = layout.frames if layout.windows is None or index in whole_frame else layout.windows
-        arguments = dict(cu_seqlens=forest.cu_queries, position_embeddings=rotary, max_seqlen=forest.max_queries, forest=forest)
-        if recompute:
-            hidden = checkpoint(block, hidden, use_reentrant=False, **arguments)
-        else:
-            hidden = block(hidden, **arguments)
+        hidden = run_block(block, hidden, cos, sin, forest)
         if index in deepstack_after:
             deepstack.append(visual.deepstack_merger_list[deepstack_after.index(index)](hidden))
     merged = visual.merger(hidden)
     if layout.reading_order is not None:
         merged = merged.index_select(0, layout.reading_order)
     return VisualFeatures(merged, tuple(deepstack))
+
+
+def _embed(patch_embed: nn.Module, patches: torch.Tensor) -> torch.Tensor:
+    """(P, D). A convolution whose kernel is its stride is one matrix product, and far faster as one."""
+    projection = patch_embed.proj
+    if type(projection) is not nn.Conv3d:  # adapted or quantised: as the module computes it
+        return patch_embed(patches)
+    return F.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
 
 
 def _reorder(hidden: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
