@@ -34,7 +34,7 @@ class AccumulatedLinear(PeftLinear):
             delta = (dropout(rows) @ down.T * scale) @ up.T
             out = torch.addmm(delta, rows, weight.T)
         else:
-            out = _AdaptedProduct.apply(rows, weight, down, up, scale)
+            out, _ = adapted_product(rows, weight, down, up, scale)
         if base.bias is not None:
             # Last, never onto the delta alone: a bias is on the grid too, and would round the delta away.
             out = out + base.bias.to(dtype)
@@ -48,29 +48,62 @@ class AccumulatedLinear(PeftLinear):
         return None if name in self.lora_variant or self.lora_bias.get(name, False) else name
 
 
-class _AdaptedProduct(torch.autograd.Function):
-    """x Wᵀ + s (x Aᵀ) Bᵀ, each sum of two products accumulated in one, forward and backward."""
+# Opaque to compilers: all of it is matrix products, and only written this way are they accumulated in place. A
+# functional addmm copies its first argument before adding to it, one more pass over every output.
+@torch.library.custom_op("finesight::adapted_product", mutates_args=())
+def adapted_product(
+    x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x Wᵀ + s (x Aᵀ) Bᵀ, the base product accumulated onto the adapter's.
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-        inner = (x @ down.T).mul_(scale)
-        ctx.save_for_backward(x, inner, weight, down, up)
-        ctx.scale = scale
-        return torch.addmm(inner @ up.T, x, weight.T)
+    Args:
+        x: (T, I); weight: (O, I); down: (r, I), peft's A; up: (O, r), peft's B.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        x, inner, weight, down, up = ctx.saved_tensors
-        needs_x, needs_weight, needs_down, needs_up, _ = ctx.needs_input_grad
-        grad_inner = (grad @ up).mul_(ctx.scale) if needs_x or needs_down else None
-        return (
-            torch.addmm(grad_inner @ down, grad, weight) if needs_x else None,
-            grad.T @ x if needs_weight else None,
-            grad_inner.T @ x if needs_down else None,
-            grad.T @ inner if needs_up else None,
-            None,
-        )
+    Returns:
+        The sum (T, O), and s x Aᵀ (T, r) for the backward pass.
+    """
+    inner = (x @ down.T).mul_(scale)
+    return (inner @ up.T).addmm_(x, weight.T), inner
+
+
+@adapted_product.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], down.shape[0])
+
+
+@torch.library.custom_op("finesight::adapted_product_backward", mutates_args=())
+def _adapted_product_backward(
+    grad: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor,
+    scale: float, needs_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (empty unless needed), A and B."""
+    grad_inner = (grad @ up).mul_(scale)
+    grad_x = (grad_inner @ down).addmm_(grad, weight) if needs_x else x.new_empty(0)
+    return grad_x, grad_inner.T @ x, grad.T @ inner
+
+
+@_adapted_product_backward.register_fake
+def _(
+    grad: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor,
+    scale: float, needs_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(down), torch.empty_like(up)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, down, up, ctx.scale = inputs
+    ctx.save_for_backward(x, output[1], weight, down, up)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, inner, weight, down, up = ctx.saved_tensors
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    grad_x, grad_down, grad_up = _adapted_product_backward(grad, x, inner, weight, down, up, ctx.scale, needs_x)
+    return grad_x if needs_x else None, grad.T @ x if needs_weight else None, grad_down, grad_up, None
+
+
+adapted_product.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def accumulate_adapters(model: nn.Module) -> int:
