@@ -1,8 +1,8 @@
 """The one attention function, for packed trees of text and for the vision tower alike.
 
 On a GPU that has it, it runs on torch's variable-length attention; everywhere else on scaled_dot_product_attention over
-groups of segments of equal shape. transformers' attention modules reach it through their public attention registry;
-what a layer must know of the batch arrives as the argument `forest`.
+groups of segments of equal shape. transformers' vision attention reaches it through the public attention registry; what
+a block must know of the batch arrives as the argument `forest`.
 
 Shapes: T queries, K gathered keys, H heads, G key-value heads, D head size.
 """
@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, PreTrainedModel
 
 from finesight.data.layout import AttentionLayout
+from finesight.errors import ModelError
 
-TEXT_ATTENTION = "finesight_forest"
 # transformers' vision modules hand over the whole packed sequence at once only to implementations named "flash".
 TOWER_ATTENTION = "finesight_forest_flash"
 
@@ -96,41 +94,39 @@ def _grouped_attention(
     return torch.empty_like(query).index_copy(0, torch.cat(places), torch.cat(outputs))
 
 
-def _attention_interface(
+def _tower_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     forest: AttentionLayout | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' attention modules call: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D).
+    """What transformers' vision attention calls: query, key and value (1, H, P, D) -> (1, P, H, D).
 
-    Without a forest the call comes from transformers' own forward or generate, and is answered as its SDPA would.
+    Without a forest the call comes from transformers' own forward or generate, with the lengths of its frames.
     """
-    causal = bool(getattr(module, "is_causal", True))
-    if forest is None and cu_seq_lens_q is not None and not causal:
-        forest = AttentionLayout.of_lengths(cu_seq_lens_q.diff().tolist()).to(query.device)
     if forest is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        if cu_seq_lens_q is None:
+            raise ModelError(
+                "The vision tower called its attention without the lengths of its frames; this transformers version is not supported."
+            )
+        forest = AttentionLayout.of_lengths(cu_seq_lens_q.diff().tolist()).to(query.device)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return forest_attention(q, k, v, forest, causal=causal, scale=scaling).unsqueeze(0), None
+    return forest_attention(q, k, v, forest, causal=False, scale=scaling).unsqueeze(0), None
 
 
-for _name in (TEXT_ATTENTION, TOWER_ATTENTION):
-    AttentionInterface.register(_name, _attention_interface)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
 
 
-def use_forest_attention(model: PreTrainedModel) -> None:
-    """Lets the language model and the tower of a Qwen-VL model attend through :func:`forest_attention`.
+def use_forest_attention_in_tower(visual: PreTrainedModel) -> None:
+    """Lets a vision tower attend through :func:`forest_attention`.
 
-    The top-level configuration keeps its implementation, so that `generate` and `save_pretrained` behave as before.
+    The language model needs no such thing: its layers are called module by module. The top-level configuration keeps
+    its implementation, so that `generate` and `save_pretrained` behave as before.
     """
     # Written past the checking setter, which takes a name with "flash" in it for a kernel to be fetched from the hub.
-    model.model.language_model.config._attn_implementation_internal = TEXT_ATTENTION
-    model.model.visual.config._attn_implementation_internal = TOWER_ATTENTION
+    visual.config._attn_implementation_internal = TOWER_ATTENTION

@@ -10,6 +10,7 @@ Shapes: T tokens, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,88 +23,136 @@ class AccumulatedLinear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(…, I) -> (…, O). Anything but one plain, active, unmerged adapter is left to peft."""
-        name = self._only_adapter()
+        name = self.only_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base, dropout = self.base_layer, self.lora_dropout[name]
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        weight, down, up = (w.to(dtype) for w in (base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
-        scale = float(self.scaling[name])
-        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training:
-            delta = (dropout(rows) @ down.T * scale) @ up.T
-            out = torch.addmm(delta, rows, weight.T)
-        else:
-            out, _ = adapted_product(rows, weight, down, up, scale)
-        if base.bias is not None:
-            # Last, never onto the delta alone: a bias is on the grid too, and would round the delta away.
-            out = out + base.bias.to(dtype)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        if not self.drops(name):
+            return project([self], x)[0]
+        rows, weight, down, up = self.operands(name, x)
+        delta = (self.lora_dropout[name](rows) @ down.T * float(self.scaling[name])) @ up.T
+        return self.finish(torch.addmm(delta, rows, weight.T), x)
 
-    def _only_adapter(self) -> str | None:
+    def only_adapter(self) -> str | None:
+        """Name of the adapter in use if there is exactly one plain one, neither merged nor switched off."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
             return None
         name = active[0]
         return None if name in self.lora_variant or self.lora_bias.get(name, False) else name
 
+    def drops(self, name: str) -> bool:
+        """Whether dropout is at work before the adapter."""
+        dropout = self.lora_dropout[name]
+        return isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training
+
+    def operands(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows (T, I), base weight (O, I), A (r, I) and B (O, r), in the precision of the product."""
+        base = self.base_layer
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
+        tensors = (x.reshape(-1, x.shape[-1]), base.weight, self.lora_A[name].weight, self.lora_B[name].weight)
+        rows, weight, down, up = (tensor.to(dtype) for tensor in tensors)
+        return rows, weight, down, up
+
+    def finish(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Adds the bias and restores the leading dimensions of x."""
+        if self.base_layer.bias is not None:
+            # Last, never onto the delta alone: a bias is on the grid too, and would round the delta away.
+            out = out + self.base_layer.bias.to(out.dtype)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Several linear layers of one input, (…, I) -> (…, O) each.
+
+    Where all of them are plainly adapted, x is read once for all their A matrices, and the gradient of x is accumulated
+    in place over all their products instead of being summed from separate ones.
+    """
+    names = [layer.only_adapter() if isinstance(layer, AccumulatedLinear) else None for layer in layers]
+    plain = [layer for layer, name in zip(layers, names, strict=True) if name is not None and not layer.drops(name)]
+    if len(plain) < len(layers):
+        return [layer(x) for layer in layers]
+    operands = [layer.operands(name, x) for layer, name in zip(plain, names, strict=True)]
+    scales = [float(layer.scaling[name]) for layer, name in zip(plain, names, strict=True)]
+    rows = operands[0][0]
+    *outs, _ = adapted_products(rows, [o[1] for o in operands], [o[2] for o in operands], [o[3] for o in operands], scales)
+    return [layer.finish(out, x) for layer, out in zip(plain, outs, strict=True)]
+
 
 # Opaque to compilers: all of it is matrix products, and only written this way are they accumulated in place. A
 # functional addmm copies its first argument before adding to it, one more pass over every output.
-@torch.library.custom_op("finesight::adapted_product", mutates_args=())
-def adapted_product(
-    x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x Wᵀ + s (x Aᵀ) Bᵀ, the base product accumulated onto the adapter's.
+@torch.library.custom_op("finesight::adapted_products", mutates_args=())
+def adapted_products(
+    x: torch.Tensor, weights: list[torch.Tensor], downs: list[torch.Tensor], ups: list[torch.Tensor], scales: list[float]
+) -> list[torch.Tensor]:
+    """x Wᵀ + s (x Aᵀ) Bᵀ for each layer, the base product accumulated onto the adapter's.
 
     Args:
-        x: (T, I); weight: (O, I); down: (r, I), peft's A; up: (O, r), peft's B.
+        x: (T, I).
+        weights: (O, I) each; downs: (r, I) each, peft's A; ups: (O, r) each, peft's B.
 
     Returns:
-        The sum (T, O), and s x Aᵀ (T, r) for the backward pass.
+        The sums, (T, O) each, and last x Aᵀ of all layers side by side, (T, sum of r), for the backward pass.
     """
-    inner = (x @ down.T).mul_(scale)
-    return (inner @ up.T).addmm_(x, weight.T), inner
+    inner = x @ torch.cat(downs).T
+    parts = inner.split([down.shape[0] for down in downs], dim=1)
+    outs = [(part @ up.T).mul_(s).addmm_(x, w.T) if s != 1 else (part @ up.T).addmm_(x, w.T)
+            for part, w, up, s in zip(parts, weights, ups, scales, strict=True)]  # fmt: skip
+    return [*outs, inner]
 
 
-@adapted_product.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], down.shape[0])
-
-
-@torch.library.custom_op("finesight::adapted_product_backward", mutates_args=())
-def _adapted_product_backward(
-    grad: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor,
-    scale: float, needs_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x (empty unless needed), A and B."""
-    grad_inner = (grad @ up).mul_(scale)
-    grad_x = (grad_inner @ down).addmm_(grad, weight) if needs_x else x.new_empty(0)
-    return grad_x, grad_inner.T @ x, grad.T @ inner
-
-
-@_adapted_product_backward.register_fake
+@adapted_products.register_fake
 def _(
-    grad: torch.Tensor, x: torch.Tensor, inner: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor,
-    scale: float, needs_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(down), torch.empty_like(up)
+    x: torch.Tensor, weights: list[torch.Tensor], downs: list[torch.Tensor], ups: list[torch.Tensor], scales: list[float]
+) -> list[torch.Tensor]:
+    return [*(x.new_empty(x.shape[0], w.shape[0]) for w in weights), x.new_empty(x.shape[0], sum(d.shape[0] for d in downs))]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, weight, down, up, ctx.scale = inputs
-    ctx.save_for_backward(x, output[1], weight, down, up)
-    ctx.mark_non_differentiable(output[1])
+@torch.library.custom_op("finesight::adapted_products_backward", mutates_args=())
+def _adapted_products_backward(
+    grads: list[torch.Tensor], x: torch.Tensor, inner: torch.Tensor, weights: list[torch.Tensor], downs: list[torch.Tensor],
+    ups: list[torch.Tensor], scales: list[float], needs_x: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of x (empty unless needed), of each A and of each B."""
+    ranks = [down.shape[0] for down in downs]
+    parts = inner.split(ranks, dim=1)
+    grad_inner = torch.cat([(g @ up).mul_(s) for g, up, s in zip(grads, ups, scales, strict=True)], dim=1)
+    grad_x = x.new_empty(0)
+    if needs_x:
+        grad_x = grad_inner @ torch.cat(downs)
+        for g, weight in zip(grads, weights, strict=True):
+            grad_x.addmm_(g, weight)
+    grad_downs = [part.clone() for part in (grad_inner.T @ x).split(ranks)]
+    grad_ups = [(g.T @ part).mul_(s) for g, part, s in zip(grads, parts, scales, strict=True)]
+    return [grad_x, *grad_downs, *grad_ups]
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, inner, weight, down, up = ctx.saved_tensors
-    needs_x, needs_weight, *_ = ctx.needs_input_grad
-    grad_x, grad_down, grad_up = _adapted_product_backward(grad, x, inner, weight, down, up, ctx.scale, needs_x)
-    return grad_x if needs_x else None, grad.T @ x if needs_weight else None, grad_down, grad_up, None
+@_adapted_products_backward.register_fake
+def _(
+    grads: list[torch.Tensor], x: torch.Tensor, inner: torch.Tensor, weights: list[torch.Tensor], downs: list[torch.Tensor],
+    ups: list[torch.Tensor], scales: list[float], needs_x: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    return [grad_x, *(torch.empty_like(d) for d in downs), *(torch.empty_like(u) for u in ups)]
 
 
-adapted_product.register_autograd(_backward, setup_context=_save_for_backward)
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    x, weights, downs, ups, ctx.scales = inputs
+    ctx.layers = len(weights)
+    ctx.save_for_backward(x, output[-1], *weights, *downs, *ups)
+
+
+def _backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+    x, inner, *matrices = ctx.saved_tensors
+    n = ctx.layers
+    weights, downs, ups = matrices[:n], matrices[n : 2 * n], matrices[2 * n :]
+    needs_x, needs_weights, *_ = ctx.needs_input_grad
+    grads = [g.contiguous() for g in grads[:n]]
+    grad_x, *small = _adapted_products_backward(grads, x, inner, weights, downs, ups, ctx.scales, needs_x)
+    grad_weights = [g.T @ x if needed else None for g, needed in zip(grads, needs_weights, strict=True)]
+    return grad_x if needs_x else None, grad_weights, small[:n], small[n:], None
+
+
+adapted_products.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def accumulate_adapters(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ computes passes through :meth:`PackedModel.forward`, so that DDP, FSDP2 and comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from finesight.data.layout import AttentionLayout, TowerShape, tower_layout
 from finesight.data.pack import PackedBatch
-from finesight.models.attention import forest_attention, use_forest_attention
-from finesight.models.linear import accumulate_adapters
+from finesight.errors import ModelError
+from finesight.models.attention import forest_attention, use_forest_attention_in_tower
+from finesight.models.linear import accumulate_adapters, project
 from finesight.models.logprobs import target_logprobs
 from finesight.models.vision import VisualFeatures, run_block, tower_features
 
@@ -37,7 +38,10 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
-        use_forest_attention(self.base)
+        text = self.base.model.language_model.config
+        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+            raise ModelError("The configuration asks for sliding-window attention in the language model, which Qwen-VL models do not use.")
+        use_forest_attention_in_tower(self.base.model.visual)
         if isinstance(model, PeftModel):
             accumulate_adapters(model)
         self.tower_shape = TowerShape.of(self.base.model.visual.config)
@@ -61,19 +65,27 @@ class PackedModel(nn.Module):
         if features is not None:
             merged = features.merged.index_select(0, batch.visual_source).to(hidden.dtype)
             hidden = hidden.index_copy(0, batch.visual_index, merged)
-        hidden = hidden.unsqueeze(0)
-        cos, sin = text.rotary_emb(hidden, batch.position_ids.unsqueeze(1))
+        cos, sin = self._rotary(batch, hidden)
         levels = features.deepstack if features is not None else ()
-        for index, layer in enumerate(text.layers[:-1]):
+        for index, layer in enumerate(text.layers):
+            if index == len(text.layers) - 1 and index >= len(levels):
+                # Nothing after the last layer mixes tokens: only rows that are read go through its second half.
+                hidden = self._recomputed(run_layer, layer, hidden, cos, sin, batch.layout, batch.predict_from)
+                return text.norm(hidden)
             hidden = self._recomputed(self._run_layer, layer, hidden, cos, sin, batch.layout)
-            hidden = self._with_deepstack(hidden, levels, index, batch)
-        if len(text.layers) <= len(levels):  # DeepStack after the last layer reaches whole rows
-            hidden = self._recomputed(self._run_layer, text.layers[-1], hidden, cos, sin, batch.layout)
-            hidden = self._with_deepstack(hidden, levels, len(text.layers) - 1, batch)
-            hidden = hidden.index_select(1, batch.predict_from)
-        else:
-            hidden = self._recomputed(run_last_layer, text.layers[-1], hidden, cos, sin, batch.layout, batch.predict_from)
-        return text.norm(hidden).squeeze(0)
+            if index < len(levels):
+                level = levels[index].index_select(0, batch.visual_source).to(hidden.dtype)
+                hidden = hidden.index_add(0, batch.visual_index, level)
+        return text.norm(hidden.index_select(0, batch.predict_from))
+
+    def _rotary(self, batch: PackedBatch, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine (T, d) of every token's position, the three M-RoPE axes joined."""
+        text = self.base.model.language_model
+        cos, sin = text.rotary_emb(like, batch.position_ids.unsqueeze(1))
+        if cos.ndim == 4:  # Qwen2.5-VL up to transformers 5.17 leaves the axes (3, 1, T, d) to the attention
+            sections = text.config.rope_parameters["mrope_section"] * 2
+            cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(x.split(sections, dim=-1))], dim=-1) for x in (cos, sin))
+        return cos.squeeze(0), sin.squeeze(0)
 
     def visual_features(self, batch: PackedBatch) -> VisualFeatures | None:
         """Features of the batch's distinct images and videos; without a graph where the tower does not train."""
@@ -90,46 +102,50 @@ class PackedModel(nn.Module):
             return checkpoint(function, *arguments, use_reentrant=False)
         return function(*arguments)
 
-    @staticmethod
-    def _with_deepstack(hidden: torch.Tensor, levels: Sequence[torch.Tensor], index: int, batch: PackedBatch) -> torch.Tensor:
-        if index >= len(levels):
-            return hidden
-        level = levels[index].index_select(0, batch.visual_source).to(hidden.dtype)
-        return hidden.squeeze(0).index_add(0, batch.visual_index, level).unsqueeze(0)
 
-
-def run_layer(layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, forest: AttentionLayout) -> torch.Tensor:
-    """One decoder layer over packed hidden states (1, T, D)."""
-    return layer(hidden, attention_mask=None, position_embeddings=(cos, sin), forest=forest)
-
-
-def run_last_layer(
-    layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, forest: AttentionLayout, rows: torch.Tensor
+def run_layer(
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    forest: AttentionLayout,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The last decoder layer, at the rows (N,) that somebody reads: (1, T, D) -> (1, N, D).
+    """One decoder layer over packed hidden states: transformers' modules, in the order of its decoder layer.
 
-    Every token's key and value are needed, but the output projection and the MLP only where a target is predicted.
-    The order of modules is transformers' decoder layer's, which is the same in all families.
+    Args:
+        hidden: (T, D).
+        cos, sin: (T, d).
+        rows: (N,) the tokens whose result is wanted; their keys and values are needed of all.
+
+    Returns:
+        (T, D), or (N, D) where rows are given.
     """
     attention = layer.self_attn
-    states = layer.input_layernorm(hidden).squeeze(0)
-    mixed = forest_attention(*_projections(attention, states, cos, sin), forest, causal=True, scale=attention.scaling)
-    mixed = mixed.flatten(1).index_select(0, rows).unsqueeze(0)
-    hidden = hidden.index_select(1, rows) + attention.o_proj(mixed)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def _projections(
-    attention: nn.Module, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rotated queries (T, H, d), rotated keys (T, G, d) and values (T, G, d) of packed states (T, D)."""
-    size = attention.head_dim
-    query, key, value = (project(states).unflatten(-1, (-1, size)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    states = layer.input_layernorm(hidden)
+    query, key, value = (
+        x.unflatten(-1, (-1, attention.head_dim)) for x in project([attention.q_proj, attention.k_proj, attention.v_proj], states)
+    )
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    if cos.ndim == 4:  # Qwen2.5-VL up to transformers 5.17 keeps the axes (3, 1, T, d) apart until here
-        sections = attention.config.rope_parameters["mrope_section"] * 2
-        cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(x.split(sections, dim=-1))], dim=-1) for x in (cos, sin))
-    cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-    query, key = (x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], dim=-1) * sin for x in (query, key))
-    return query, key, value
+    mixed = forest_attention(_rotate(query, cos, sin), _rotate(key, cos, sin), value, forest, causal=True, scale=attention.scaling)
+    mixed = mixed.flatten(1)
+    if rows is not None:
+        mixed, hidden = mixed.index_select(0, rows), hidden.index_select(0, rows)
+    hidden = hidden + attention.o_proj(mixed)
+    return hidden + _run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of (T, H, d) by angles (T, d): Su et al. 2021, in transformers' half-split form."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+def _run_mlp(mlp: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """(T, D) -> (T, D)."""
+    if not hasattr(mlp, "gate_proj"):  # a mixture of experts, which wants a batch dimension
+        return mlp(states.unsqueeze(0)).squeeze(0)
+    gate, up = project([mlp.gate_proj, mlp.up_proj], states)
+    return mlp.down_proj(mlp.act_fn(gate) * up)
