@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -75,6 +75,8 @@ class PackedBatch(Movable):
     sequence: torch.Tensor  # (N,) int64: the sample it belongs to (of those that share it, the first)
     num_sequences: int
     tower: TowerLayout | None = None  # where the caller laid it out ahead
+    stored_keys: tuple[str, ...] = ()  # further images and videos, whose features are kept and not computed
+    stored: torch.Tensor | None = None  # (1 + DeepStack levels, their visual tokens, hidden): rows after the computed ones
 
     @property
     def num_tokens(self) -> int:
@@ -126,6 +128,7 @@ class PackPlan:
         *,
         tower: TowerShape | None = None,
         length: int | None = None,
+        stored: Container[str] = frozenset(),
     ) -> PackedBatch:
         """Lays the trees end to end and fetches pixels.
 
@@ -135,12 +138,14 @@ class PackPlan:
             tower: lay out the tower's attention here, ahead of the forward pass.
             length: fill up to this many tokens, so that shapes stay the same from batch to batch. Filling tokens attend
                 to one another alone, in short segments, and predict nothing.
+            stored: identities of images and videos whose features are kept; their pixels are not asked for.
         """
-        items = self.visual_items
+        kept = [item for item in self.visual_items if item.key in stored]
+        items = [item for item in self.visual_items if item.key not in stored]
         arrays = [patches_of(item) for item in items]
         patches = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0, 0)
         first_rows, row = {}, 0
-        for item in items:
+        for item in (*items, *kept):
             first_rows[item.key] = row
             row += item.grid.patches // merge_size**2
         parts = _TreeArrays(self.samples, first_rows)
@@ -154,6 +159,7 @@ class PackPlan:
             grids=grids,
             item_keys=tuple(item.key for item in items),
             tower=tower_layout(grids, tower) if tower is not None and grids else None,
+            stored_keys=tuple(item.key for item in kept),
             num_sequences=len(self.samples),
             **parts.finish(steady=length is not None),
         )

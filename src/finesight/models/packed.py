@@ -20,6 +20,7 @@ from finesight.data.layout import AttentionLayout, TowerShape, tower_layout
 from finesight.data.pack import PackedBatch
 from finesight.errors import ModelError
 from finesight.models.attention import forest_attention, use_forest_attention_in_tower
+from finesight.models.features import FeatureCache
 from finesight.models.linear import accumulate_adapters, project
 from finesight.models.logprobs import target_logprobs
 from finesight.models.vision import VisualFeatures, run_block, tower_features
@@ -45,6 +46,7 @@ class PackedModel(nn.Module):
         if isinstance(model, PeftModel):
             accumulate_adapters(model)
         self.tower_shape = TowerShape.of(self.base.model.visual.config)
+        self.feature_cache: FeatureCache | None = None  # kept features of a frozen tower; set by whoever owns the budget
         self._run_layer = torch.compile(run_layer, dynamic=False) if compile_layers else run_layer
         self._run_block = torch.compile(run_block, dynamic=True) if compile_layers else run_block
 
@@ -88,14 +90,28 @@ class PackedModel(nn.Module):
         return cos.squeeze(0), sin.squeeze(0)
 
     def visual_features(self, batch: PackedBatch) -> VisualFeatures | None:
-        """Features of the batch's distinct images and videos; without a graph where the tower does not train."""
-        if not batch.grids:
-            return None
+        """Features of the batch's distinct images and videos, computed ones first, then those that were kept.
+
+        Without a graph where the tower does not train; then what is computed is handed to the cache, if there is one.
+        """
+        computed = self._computed_features(batch) if batch.grids else None
+        if batch.stored is None:
+            return computed
+        levels = list(batch.stored.unbind(0))
+        if computed is not None:
+            levels = [torch.cat(pair) for pair in zip((computed.merged, *computed.deepstack), levels, strict=True)]
+        return VisualFeatures(levels[0], tuple(levels[1:]))
+
+    def _computed_features(self, batch: PackedBatch) -> VisualFeatures:
         visual = self.base.model.visual
-        trains = any(parameter.requires_grad for parameter in visual.parameters()) and torch.is_grad_enabled()
+        trains = any(parameter.requires_grad for parameter in visual.parameters())
         layout = batch.tower or tower_layout(batch.grids, self.tower_shape).to(batch.patches.device, non_blocking=True)
-        with torch.set_grad_enabled(trains):
-            return tower_features(visual, batch.patches, layout, run_block=partial(self._recomputed, self._run_block))
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            features = tower_features(visual, batch.patches, layout, run_block=partial(self._recomputed, self._run_block))
+        if self.feature_cache is not None and not trains:
+            tokens = [grid.patches // self.tower_shape.merge_size**2 for grid in batch.grids]
+            self.feature_cache.store(batch.item_keys, tokens, features)
+        return features
 
     def _recomputed(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -1,0 +1,217 @@
+"""Features of a frozen tower, computed once and kept.
+
+Where neither tower nor merger trains, what the language model gets of an image never changes. It is kept in main memory
+up to a byte budget (first come, first kept: evicting would only make room for images that are met as rarely), on disk
+if asked, and fetched ahead of the step that needs it, on a thread and a stream of its own.
+
+An entry is all that an image gives: (1 + DeepStack levels, visual tokens, hidden size), the merged features first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finesight.data.pack import PackedBatch
+from finesight.errors import ModelError
+from finesight.models.vision import VisualFeatures
+
+
+@dataclass
+class CacheFigures:
+    """What a cache did so far; bytes of entries."""
+
+    hits: int = 0
+    misses: int = 0
+    entries: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    refused: int = 0  # computed, but past the budget and not kept
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def tower_fingerprint(visual: nn.Module, pixels: Sequence[object] = ()) -> str:
+    """Identity of everything that features depend on besides the pixels of an item.
+
+    Args:
+        visual: the vision model, mergers included; every byte of its weights counts.
+        pixels: how pixels are prepared (normalisation, patch size); compared by their text.
+    """
+    digest = hashlib.blake2b(repr(tuple(pixels)).encode(), digest_size=16)
+    for name, tensor in sorted(visual.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_checksum(tensor))
+    return digest.hexdigest()
+
+
+def _checksum(tensor: torch.Tensor) -> bytes:
+    """Depends on every bit and its place; summed where the tensor is, so that no weights travel."""
+    words = tensor.detach().contiguous().view(torch.uint8).to(torch.int64)
+    places = torch.arange(words.numel(), device=words.device) % 65521 + 1
+    return torch.stack([words.sum(), (words.flatten() * places).sum()]).cpu().numpy().tobytes()
+
+
+class FeatureCache:
+    """Keeps features by the identity of an image or video.
+
+    Args:
+        fingerprint: of the tower; part of every file name, so that another tower's features are never met.
+        budget_bytes: of main memory.
+        folder: where entries past the budget go; None: they are not kept.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+
+    def __init__(self, fingerprint: str, *, budget_bytes: int, folder: Path | None = None) -> None:
+        self.fingerprint, self.budget_bytes = fingerprint, budget_bytes
+        self.folder = folder / fingerprint if folder is not None else None
+        self.figures = CacheFigures()
+        self._memory: dict[str, torch.Tensor] = {}
+        self._disk: set[str] = set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features")
+        self._storing: list[Future[None]] = []
+        self._copies: torch.cuda.Stream | None = None
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ModelError(f"The folder for features, {self.folder}, cannot be made: {error.strerror}.") from None
+            self._disk = {path.stem for path in self.folder.glob("*.safetensors")}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._memory or _file_name(key) in self._disk
+
+    def store(self, keys: Sequence[str], tokens: Sequence[int], features: VisualFeatures) -> None:
+        """Keeps the features of items laid end to end; copies them without waiting for the device.
+
+        Args:
+            keys: identities of the items.
+            tokens: visual tokens of each.
+            features: of all of them, without a graph.
+        """
+        stacked = torch.stack([features.merged, *features.deepstack]).detach()
+        ready = None
+        if stacked.is_cuda:
+            stream = self._side_stream(stacked.device)
+            stream.wait_stream(torch.cuda.current_stream(stacked.device))
+            with torch.cuda.stream(stream):
+                host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+                host.copy_(stacked, non_blocking=True)
+                stacked.record_stream(stream)
+                ready = stream.record_event()
+        else:
+            host = stacked
+        self._storing = [future for future in self._storing if not _finished(future)]
+        self._storing.append(self._thread.submit(self._keep, list(keys), list(tokens), host, ready))
+
+    def _keep(self, keys: list[str], tokens: list[int], host: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        if ready is not None:
+            ready.synchronize()
+        for key, entry in zip(keys, host.split(tokens, dim=1), strict=True):
+            size = entry.numel() * entry.element_size()
+            if key in self:
+                continue
+            if self.figures.memory_bytes + size <= self.budget_bytes:
+                self._memory[key] = entry.clone()
+                self.figures.memory_bytes += size
+            elif self.folder is not None:
+                name = _file_name(key)
+                partial = self.folder / f"{name}.partial"
+                save_file({"features": entry.contiguous()}, partial)
+                partial.replace(self.folder / f"{name}.safetensors")
+                self._disk.add(name)
+                self.figures.disk_bytes += size
+            else:
+                self.figures.refused += 1
+                continue
+            self.figures.entries += 1
+
+    def prefetch(self, batch: PackedBatch, device: torch.device) -> Future[PackedBatch]:
+        """Starts bringing the features that a batch expects to the device; the result is the batch with them.
+
+        Args:
+            batch: its `stored_keys` name entries of this cache.
+        """
+        return self._thread.submit(self._attach, batch, device)
+
+    def attach(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
+        """The batch with the features that it expects, on the device.
+
+        Raises:
+            ModelError: an entry on disk is damaged or gone.
+        """
+        return self.prefetch(batch, device).result()
+
+    def _attach(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
+        self.figures.hits += len(batch.stored_keys)
+        self.figures.misses += len(batch.item_keys)
+        if not batch.stored_keys:
+            return batch
+        entries = [self._entry(key) for key in batch.stored_keys]
+        if device.type != "cuda":
+            return replace(batch, stored=torch.cat(entries, dim=1))
+        shape = (entries[0].shape[0], sum(entry.shape[1] for entry in entries), entries[0].shape[2])
+        staging = torch.empty(shape, dtype=entries[0].dtype, pin_memory=True)
+        torch.cat(entries, dim=1, out=staging)
+        stream = self._side_stream(device)
+        with torch.cuda.stream(stream):
+            stored = staging.to(device, non_blocking=True)
+            stream.record_event().synchronize()  # on this thread: the step finds them there
+        return replace(batch, stored=stored)
+
+    def _entry(self, key: str) -> torch.Tensor:
+        if key in self._memory:
+            return self._memory[key]
+        path = self._file(key)
+        try:
+            return load_file(path)["features"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ModelError(f"Kept features {path} cannot be read ({error}). Delete the file, or the folder, and start again.") from None
+
+    def finish(self) -> None:
+        """Waits until everything handed to :meth:`store` is kept."""
+        for future in self._storing:
+            future.result()
+        self._storing = []
+
+    def holds_all(self, keys: Iterable[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def close(self) -> None:
+        """Lets go of the thread and of what is kept in memory."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._memory.clear()
+
+    def _file(self, key: str) -> Path:
+        if self.folder is None:
+            raise ModelError(f"Features of {key} are not kept.")
+        return self.folder / f"{_file_name(key)}.safetensors"
+
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(device)
+        return self._copies
+
+
+def _finished(future: Future[None]) -> bool:
+    """Whether a store is done; raises what went wrong in it."""
+    if future.done():
+        future.result()
+        return True
+    return False
+
+
+def _file_name(key: str) -> str:
+    return hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
