@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from finesight.data.layout import AttentionLayout, TowerShape, tower_layout
 from finesight.data.pack import PackedBatch
 from finesight.errors import ModelError
+from finesight.models.activations import Offload, activation_policy, selectively
 from finesight.models.attention import forest_attention, use_forest_attention_in_tower
 from finesight.models.features import FeatureCache
 from finesight.models.linear import accumulate_adapters, project
@@ -31,14 +32,17 @@ class PackedModel(nn.Module):
 
     Args:
         model: Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE for conditional generation, or a peft model around one.
-        gradient_checkpointing: compute layers again in the backward pass instead of keeping their activations.
+        gradient_checkpointing: what is kept of a layer for its backward pass: true for the policy full, false for none,
+            or the name of a policy (see `activations.py`).
         compile_layers: compile the decoder layer and the tower block; wants batches built to a steady length.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *, gradient_checkpointing: bool = False, compile_layers: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, *, gradient_checkpointing: bool | str = False, compile_layers: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
-        self.gradient_checkpointing = gradient_checkpointing
+        self.policy = activation_policy(gradient_checkpointing)
         text = self.base.model.language_model.config
         if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
             raise ModelError("The configuration asks for sliding-window attention in the language model, which Qwen-VL models do not use.")
@@ -47,8 +51,10 @@ class PackedModel(nn.Module):
             accumulate_adapters(model)
         self.tower_shape = TowerShape.of(self.base.model.visual.config)
         self.feature_cache: FeatureCache | None = None  # kept features of a frozen tower; set by whoever owns the budget
-        self._run_layer = torch.compile(run_layer, dynamic=False) if compile_layers else run_layer
-        self._run_block = torch.compile(run_block, dynamic=True) if compile_layers else run_block
+        self._offload = Offload()
+        layer, block = (selectively(run_layer), selectively(run_block)) if self.policy == "selective" else (run_layer, run_block)
+        self._run_layer = torch.compile(layer, dynamic=False) if compile_layers else layer
+        self._run_block = torch.compile(block, dynamic=True) if compile_layers else block
 
     @property
     def base(self) -> PreTrainedModel:
@@ -62,6 +68,7 @@ class PackedModel(nn.Module):
     def target_states(self, batch: PackedBatch) -> torch.Tensor:
         """(N, D): the final hidden state that must give each target."""
         text = self.base.model.language_model
+        self._offload.begin()
         features = self.visual_features(batch)
         hidden = text.embed_tokens(batch.input_ids)
         if features is not None:
@@ -72,9 +79,9 @@ class PackedModel(nn.Module):
         for index, layer in enumerate(text.layers):
             if index == len(text.layers) - 1 and index >= len(levels):
                 # Nothing after the last layer mixes tokens: only rows that are read go through its second half.
-                hidden = self._recomputed(run_layer, layer, hidden, cos, sin, batch.layout, batch.predict_from)
+                hidden = self._kept(run_layer, layer, hidden, cos, sin, batch.layout, batch.predict_from)
                 return text.norm(hidden)
-            hidden = self._recomputed(self._run_layer, layer, hidden, cos, sin, batch.layout)
+            hidden = self._kept(self._run_layer, layer, hidden, cos, sin, batch.layout)
             if index < len(levels):
                 level = levels[index].index_select(0, batch.visual_source).to(hidden.dtype)
                 hidden = hidden.index_add(0, batch.visual_index, level)
@@ -107,16 +114,19 @@ class PackedModel(nn.Module):
         trains = any(parameter.requires_grad for parameter in visual.parameters())
         layout = batch.tower or tower_layout(batch.grids, self.tower_shape).to(batch.patches.device, non_blocking=True)
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            features = tower_features(visual, batch.patches, layout, run_block=partial(self._recomputed, self._run_block))
+            features = tower_features(visual, batch.patches, layout, run_block=partial(self._kept, self._run_block))
         if self.feature_cache is not None and not trains:
             tokens = [grid.patches // self.tower_shape.merge_size**2 for grid in batch.grids]
             self.feature_cache.store(batch.item_keys, tokens, features)
         return features
 
-    def _recomputed(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
+    def _kept(self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """Runs a layer or block under the activation policy."""
+        if self.policy in ("none", "selective") or not torch.is_grad_enabled():
+            return function(module, hidden, *arguments)
+        if self.policy == "offload":
+            return self._offload.run(function, module, hidden, *arguments)
+        return checkpoint(function, module, hidden, *arguments, use_reentrant=False)
 
 
 def run_layer(
