@@ -84,7 +84,7 @@ class SourceSettings(Settings):
         None, description="For tables: template of the user turn, {column} is replaced, e.g. '{query}\\nAnswer briefly.'"
     )
     formatter: str | None = Field(None, description="module:function from a row (dict) to a messages-style dict.")
-    media_dir: str | None = Field(None, description="Second folder that image paths are resolved against.")
+    media_dir: str | None = Field(None, description="Second folder that image paths are resolved against; it may stand for the folders that they begin with.")
     weight_column: str | None = Field(None, description="Column with the weight of the sample, for formats other than tables.")
     system: str | None = Field(None, description="System prompt for rows that have none.")
 
@@ -186,6 +186,12 @@ class TrainingSettings(Settings):
         if value in (None, "none"):
             return []
         return [value] if isinstance(value, str) else value
+
+    @field_validator("save_strategy", "eval_strategy", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `no` as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="before")
     @classmethod
@@ -300,15 +306,22 @@ def parse_recipe(content: Mapping[str, Any], origin: str = "the settings given")
         RecipeError: as in :func:`load_recipe`.
     """
     try:
-        return Recipe.model_validate(_yaml_numbers(content))
+        sections = {name: section for name, section in content.items() if section is not None}  # all its settings commented out
+        return Recipe.model_validate(_yaml_numbers(sections))
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise RecipeError(f"{origin}: {len(lines)} setting(s) cannot be used:\n  " + "\n  ".join(lines)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe, defaults included, as YAML that :func:`load_recipe` reads back unchanged."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The whole recipe, defaults included, as YAML that :func:`load_recipe` reads back with the same meaning.
+
+    What a default resolved to is written as resolved: `share_prefixes` is false under adapter dropout, where a written
+    true would be refused.
+    """
+    content = recipe.model_dump(mode="json")
+    content["data"]["share_prefixes"] = recipe.shares_prefixes
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -377,12 +390,12 @@ def _explain(problem: Any) -> str:
     return f"{name}: {message}" if name else message
 
 
-def _section(annotation: Any) -> type[Settings] | None:
+def section_class(annotation: Any) -> type[Settings] | None:
     """The settings class inside an annotation such as `list[SourceSettings] | None`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
     for argument in get_args(annotation):
-        if (found := _section(argument)) is not None:
+        if (found := section_class(argument)) is not None:
             return found
     return None
 
@@ -392,7 +405,7 @@ def _known_names(location: Sequence[str]) -> list[str]:
     for key in location:
         if key.isdigit() or key not in section.model_fields:
             continue
-        section = _section(section.model_fields[key].annotation) or section
+        section = section_class(section.model_fields[key].annotation) or section
     return list(section.model_fields)
 
 
@@ -400,6 +413,6 @@ def all_setting_names(section: type[Settings] = Recipe, prefix: str = "") -> lis
     """Dotted names of all settings, sections opened."""
     names: list[str] = []
     for key, info in section.model_fields.items():
-        inner = _section(info.annotation)
+        inner = section_class(info.annotation)
         names += all_setting_names(inner, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
     return names

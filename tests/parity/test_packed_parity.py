@@ -94,6 +94,7 @@ def test_generate_still_works_on_the_same_model(family: str) -> None:
     PackedModel(model)
     assert torch.allclose(model(**builder.inputs(sample)).logits, before, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(**builder.inputs(sample), max_new_tokens=4, do_sample=False), tokens)
+    assert type(model)(model.config) is not None  # another model can be built from the same configuration
 
 
 @pytest.mark.parametrize("family", FAMILIES)

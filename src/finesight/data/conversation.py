@@ -6,7 +6,7 @@ Nothing here is opened or decoded. A :class:`MediaRef` says where an image or vi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -86,11 +86,14 @@ class Conversation:
         return tuple(part for turn in self.turns for part in turn.parts if part.type != "text")
 
     def prompt(self) -> Conversation:
-        """The conversation without its last assistant turn (and whatever follows it): what a model is asked."""
-        last = max((i for i, turn in enumerate(self.turns) if turn.role == "assistant"), default=len(self.turns))
-        return Conversation(self.turns[:last], self.source, self.weight, self.extra)
+        """What a model is asked: the conversation without the answer that it ends with, if it ends with one."""
+        return replace(self, turns=self.turns[:-1]) if self._answered else self
 
     @property
     def answer(self) -> str | None:
-        """The text of the last assistant turn, or None for a prompt-only row."""
-        return next((turn.text for turn in reversed(self.turns) if turn.role == "assistant"), None)
+        """The text of the answer that the conversation ends with, or None for a prompt-only row."""
+        return self.turns[-1].text if self._answered else None
+
+    @property
+    def _answered(self) -> bool:
+        return bool(self.turns) and self.turns[-1].role == "assistant"

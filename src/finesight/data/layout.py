@@ -32,6 +32,13 @@ class Movable:
         """In page-locked memory, so that copies to a GPU can overlap compute."""
         return self._each(lambda value: value.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Marks every tensor as used by a stream, so that its memory is not given away while that stream reads it."""
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Movable) or (isinstance(value, torch.Tensor) and value.is_cuda):
+                value.record_stream(stream)
+
     def _each(self, change: Any) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         changed = {name: change(value) for name, value in values.items() if isinstance(value, (torch.Tensor, Movable))}

@@ -9,6 +9,7 @@ Shapes: T queries, K gathered keys, H heads, G key-value heads, D head size.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -125,8 +126,13 @@ AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
 def use_forest_attention_in_tower(visual: PreTrainedModel) -> None:
     """Lets a vision tower attend through :func:`forest_attention`.
 
-    The language model needs no such thing: its layers are called module by module. The top-level configuration keeps
-    its implementation, so that `generate` and `save_pretrained` behave as before.
+    The language model needs no such thing: its layers are called module by module. The tower gets a copy of its
+    configuration, so that the model's own stays as it was, to be saved or to build another model from.
     """
+    shared = visual.config
+    own = copy.copy(shared)
     # Written past the checking setter, which takes a name with "flash" in it for a kernel to be fetched from the hub.
-    visual.config._attn_implementation_internal = TOWER_ATTENTION
+    own._attn_implementation_internal = TOWER_ATTENTION
+    for module in visual.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own

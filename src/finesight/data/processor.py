@@ -1,0 +1,250 @@
+"""What turns a conversation into tokens and pixels, read from a checkpoint: tokenizer, image processor, template, limits.
+
+The `*Processor` classes of transformers need torchvision for their video half, which does not load beside a CPU build of
+torch. Their parts do not: tokenizer, PIL image processor and configuration are loaded here, no weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from finesight.errors import DataError, ModelError, RecipeError
+from finesight.families import Family, family_of
+from finesight.geometry import PatchLayout, PixelLimits
+from finesight.recipe import DataSettings
+
+Hub = Literal["huggingface", "modelscope"]
+
+# Regular expressions as modelscope takes them: everything large that tokens and pixels do without.
+_WEIGHT_FILES = [r".*\.safetensors", r".*\.bin", r".*\.pt", r".*\.pth", r".*\.gguf", r".*\.onnx", r".*\.h5"]
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """Tokenizer, image processor and settings of one checkpoint. Compared by identity; can be pickled."""
+
+    tokenizer: Any  # a fast transformers tokenizer
+    image_processor: Any  # transformers' Qwen2VLImageProcessorPil
+    family: Family
+    layout: PatchLayout
+    image_limits: PixelLimits
+    video_limits: PixelLimits  # of a frame, or of a whole video: see `Family.video_pixels_span_frames`
+    tokens_per_second: float  # temporal positions of a second of video; only Qwen2.5-VL reads it
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    chat_template: str
+    fps: float = 2.0  # frames sampled a second of video
+    max_frames: int = 768
+
+
+def load_processor(
+    name_or_path: str | Path, *, data: DataSettings | None = None, hub: Hub = "huggingface", revision: str | None = None
+) -> Processor:
+    """Reads a processor from a checkpoint folder, or by name from a hub.
+
+    The chat template is `chat_template.jinja`, else `chat_template.json`, else the tokenizer's. Pixel limits are the
+    checkpoint's (`preprocessor_config.json`, `video_preprocessor_config.json`), else the family's; those of `data` go before both.
+
+    Raises:
+        ModelError: the checkpoint cannot be read, is an adapter, or is not of a supported family.
+        RecipeError: a pixel limit of `data` is below one visual token, or contradicts another.
+    """
+    name = checkpoint_folder(name_or_path, hub, revision, weights=False)
+    data = data or DataSettings()
+    config = _from_transformers(AutoConfig, name, revision, "config.json")
+    family = family_of(config.model_type)
+    tokenizer = _from_transformers(AutoTokenizer, name, revision, "the tokenizer's files")
+    if not tokenizer.is_fast:
+        raise ModelError(f"{name}: the tokenizer is not a fast one, which alone tells where tokens stand in a text; add its tokenizer.json")
+    image_processor = _image_processor(name, revision)
+    layout = _layout(image_processor, config, name)
+    return Processor(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        family=family,
+        layout=layout,
+        image_limits=_limits(
+            _image_limits(image_processor, family), data.min_pixels, data.max_pixels, layout, name, "data.min_pixels and data.max_pixels"
+        ),
+        video_limits=_limits(
+            _video_limits(name, revision, family), data.video_min_pixels, data.video_max_pixels, layout, name,
+            "data.video_min_pixels and data.video_max_pixels",
+        ),
+        tokens_per_second=float(getattr(config.vision_config, "tokens_per_second", 1.0)),
+        chat_template=_chat_template(name, revision, tokenizer),
+        fps=data.fps,
+        max_frames=data.max_frames,
+        **_visual_token_ids(config, tokenizer, name),
+    )  # fmt: skip
+
+
+def checkpoint_folder(name_or_path: str | Path, hub: Hub = "huggingface", revision: str | None = None, *, weights: bool = True) -> str:
+    """What transformers is given to load a checkpoint from: a folder, or a name that it looks up on Hugging Face.
+
+    Args:
+        weights: whether weights will be read; without them ModelScope is asked for the small files only.
+
+    Raises:
+        ModelError: the folder does not exist or holds no model, or ModelScope cannot deliver.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _refuse_non_checkpoint(path)
+        return str(path)
+    if path.is_file():
+        raise ModelError(f"{name} is a file. Set model.name_or_path to the folder that holds config.json and the weights.")
+    if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name} does not exist. Set model.name_or_path to a checkpoint folder or to a name on the hub.")
+    if hub == "huggingface":
+        return name
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise ModelError(
+            f"{name} is to come from ModelScope, but the package modelscope is not installed. "
+            "Run `pip install modelscope`, or set model.hub: huggingface."
+        ) from None
+    try:
+        return str(snapshot_download(name, revision=revision, **({} if weights else {"ignore_file_pattern": _WEIGHT_FILES})))
+    except Exception as error:  # its errors share no class of their own
+        raise ModelError(f"{name} cannot be fetched from ModelScope: {error}") from error
+
+
+def _refuse_non_checkpoint(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        try:
+            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            base = None
+        raise ModelError(
+            f"{path} holds an adapter, not a model. Set model.adapter to it and model.name_or_path to its base"
+            + (f" ({base})." if base else ".")
+        )
+    raise ModelError(f"{path} holds no config.json. Set model.name_or_path to a checkpoint folder or to a name on the hub.")
+
+
+def _from_transformers(auto_class: Any, name: str, revision: str | None, what: str, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, revision=revision, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(f"{name}: {what} cannot be read: {reason[0] if reason else type(error).__name__}") from error
+
+
+def _image_processor(name: str, revision: str | None) -> Any:
+    """The PIL backend everywhere: by default the choice, and with it the pixels, would hang on what is installed.
+
+    Not through the Auto class, which up to transformers 5.17 refuses to load anything without torchvision.
+    """
+    kind = (_json_file(name, "preprocessor_config.json", revision) or {}).get("image_processor_type")
+    if kind is not None and not str(kind).startswith("Qwen2VLImageProcessor"):
+        raise ModelError(f"{name}: preprocessor_config.json names {kind}, which does not cut patches as Qwen-VL towers take them")
+    return _from_transformers(Qwen2VLImageProcessorPil, name, revision, "preprocessor_config.json")
+
+
+def _layout(image_processor: Any, config: Any, name: str) -> PatchLayout:
+    vision = config.vision_config
+    layout = PatchLayout(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    cut = PatchLayout(image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
+    if cut != layout:
+        raise ModelError(
+            f"{name}: preprocessor_config.json cuts patches as {cut}, config.json expects {layout}; one of them is of another model"
+        )
+    return layout
+
+
+def _limits(own: PixelLimits, low: int | None, high: int | None, layout: PatchLayout, name: str, settings: str) -> PixelLimits:
+    limits = own.override(low, high)
+    try:
+        limits.check(layout)
+    except DataError as error:
+        if low is None and high is None:
+            raise ModelError(f"{name}: the checkpoint's pixel limits cannot be used: {error}. Set {settings}.") from None
+        raise RecipeError(f"{settings}: {error}") from None
+    return limits
+
+
+def _image_limits(image_processor: Any, family: Family) -> PixelLimits:
+    return _limits_of_size(image_processor.size) or PixelLimits(family.image_min_pixels, family.image_max_pixels)
+
+
+def _video_limits(name: str, revision: str | None, family: Family) -> PixelLimits:
+    """Of video_preprocessor_config.json, of the video half of processor_config.json, or the family's."""
+    settings = _json_file(name, "video_preprocessor_config.json", revision)
+    if settings is None:
+        settings = (_json_file(name, "processor_config.json", revision) or {}).get("video_processor") or {}
+    size = dict(settings.get("size") or {})
+    # Checkpoints saved before there was `size` name the two limits themselves.
+    size.setdefault("shortest_edge", settings.get("min_pixels"))
+    size.setdefault("longest_edge", settings.get("max_pixels"))
+    return _limits_of_size(size) or PixelLimits(family.video_min_pixels, family.video_max_pixels)
+
+
+def _limits_of_size(size: Any) -> PixelLimits | None:
+    """`size` of a processor: numbers of pixels, whatever their names say."""
+    low, high = (size.get(key) if isinstance(size, dict) else getattr(size, key, None) for key in ("shortest_edge", "longest_edge"))
+    return PixelLimits(int(low), int(high)) if low and high else None
+
+
+def _chat_template(name: str, revision: str | None, tokenizer: Any) -> str:
+    file = _checkpoint_file(name, "chat_template.jinja", revision)
+    if file is not None:
+        return file.read_text(encoding="utf-8")
+    template = (_json_file(name, "chat_template.json", revision) or {}).get("chat_template") or tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if not template:
+        raise ModelError(f"{name} has no chat template. Take the Instruct or Thinking version of the model, or add chat_template.jinja.")
+    return template
+
+
+def _visual_token_ids(config: Any, tokenizer: Any, name: str) -> dict[str, int]:
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids: dict[str, int] = {}
+    for field in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        token_id = getattr(config, field, None)
+        if not isinstance(token_id, int) or token_id not in special:
+            raise ModelError(
+                f"{name}: {field} of config.json is {token_id}, which is no special token of the tokenizer; they are of different models"
+            )
+        ids[field] = token_id
+    return ids
+
+
+def _json_file(name: str, filename: str, revision: str | None) -> dict[str, Any] | None:
+    file = _checkpoint_file(name, filename, revision)
+    if file is None:
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def _checkpoint_file(name: str, filename: str, revision: str | None) -> Path | None:
+    """A file of a checkpoint that may or may not have it."""
+    if Path(name).is_dir():
+        file = Path(name) / filename
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(name, filename, revision=revision))
+    except EntryNotFoundError:  # also where it is not in the cache of a machine without a network
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: {filename} cannot be fetched: {error}") from error

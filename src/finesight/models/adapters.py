@@ -1,0 +1,203 @@
+"""What trains: LoRA scopes through peft, full tuning with parts frozen.
+
+The modules that get an adapter are named by exact patterns over the transformers classes: peft's "all-linear" would
+also reach the vision tower, and suffixes such as "mlp" would reach whatever is called so.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from finesight.data.conversation import Conversation
+from finesight.errors import ModelError
+from finesight.families import Family
+from finesight.models.adapter_files import (
+    AdapterMetadata,
+    adapter_metadata,
+    load_adapter,
+    quiet_peft,
+    read_metadata,
+    restore_data_settings,
+    save_adapter,
+)
+from finesight.models.parameters import ParameterCounts, PartCount, count_parameters, freeze_biases_of_other_parts, part_of
+from finesight.recipe import TuningSettings
+
+__all__ = [
+    "AdapterMetadata",
+    "ParameterCounts",
+    "PartCount",
+    "adapter_metadata",
+    "apply_tuning",
+    "count_parameters",
+    "load_adapter",
+    "part_of",
+    "read_metadata",
+    "restore_data_settings",
+    "save_adapter",
+    "target_modules",
+    "thinking_warning",
+    "tuning_notes",
+]
+
+logger = logging.getLogger(__name__)
+
+_LANGUAGE_ATTENTION = r"model\.language_model\.layers\.\d+\.self_attn\.(?:q_proj|k_proj|v_proj|o_proj)"
+_LANGUAGE_MLP = r"model\.language_model\.layers\.\d+\.mlp\.(?:gate_proj|up_proj|down_proj)"
+_TOWER_ATTENTION = r"model\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)"
+_TOWER_MLP = r"model\.visual\.blocks\.\d+\.mlp\.(?:gate_proj|up_proj|down_proj|linear_fc1|linear_fc2)"
+_MERGER = r"model\.visual\.(?:merger\.(?:mlp\.[02]|linear_fc[12])|deepstack_merger_list\.\d+\.linear_fc[12])"
+
+_ATTENTION_STEPS = {"self_attn", "attn"}
+
+
+def target_modules(tuning: TuningSettings) -> str:
+    """The regular expression that full names of modules with an adapter match, as peft's `target_modules`.
+
+    Raises:
+        ModelError: the settings leave no module to adapt.
+    """
+    patterns: list[str] = []
+    for wanted, attention, mlp in (
+        (tuning.finetune_language_layers, _LANGUAGE_ATTENTION, _LANGUAGE_MLP),
+        (tuning.finetune_vision_layers, _TOWER_ATTENTION, _TOWER_MLP),
+    ):
+        if wanted and tuning.finetune_attention_modules:
+            patterns.append(attention)
+        if wanted and tuning.finetune_mlp_modules:
+            patterns.append(mlp)
+    if tuning.finetune_merger:
+        patterns.append(_MERGER)
+    if not patterns:
+        raise ModelError(
+            "No module is left to adapt: set tuning.finetune_attention_modules or tuning.finetune_mlp_modules for the layers "
+            "that train, or tuning.finetune_merger."
+        )
+    return "|".join(patterns)
+
+
+def tuning_notes(tuning: TuningSettings, family: Family) -> list[str]:
+    """What people should know of how these settings act on this family; empty when there is nothing to say."""
+    notes = []
+    if family.moe and tuning.finetune_language_layers and tuning.finetune_mlp_modules and tuning.method == "lora":
+        notes.append(
+            f"{family.label}: tuning.finetune_mlp_modules reaches no expert: experts are fused tensors and get no adapter, and the "
+            "router stays frozen. The attention projections of the language model get one."
+        )
+    if family.moe and tuning.finetune_language_layers and tuning.finetune_mlp_modules and tuning.method == "full":
+        notes.append(f"{family.label}: the router stays frozen; the experts train.")
+    if tuning.method == "lora" and tuning.lora_dropout > 0:
+        notes.append("tuning.lora_dropout is above 0: samples share no prefix, each image is computed for every question about it.")
+    return notes
+
+
+def thinking_warning(name: str, chat_template: str | None, conversations: Iterable[Conversation]) -> str | None:
+    """The warning due when a Thinking model is to be tuned on answers without reasoning traces, or None.
+
+    A Thinking model is told by its name or by `<think>` in its chat template. A trace is `</think>` in an answer that
+    is trained on.
+    """
+    last_step = name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    if "thinking" not in last_step.casefold() and "<think>" not in (chat_template or ""):
+        return None
+    answers = [turn.text for c in conversations for turn in c.turns if turn.role == "assistant" and turn.train]
+    without = sum("</think>" not in answer for answer in answers)
+    if not without:
+        return None
+    return (
+        f"{name} is a Thinking model, and {without:,} of {len(answers):,} training answers have no reasoning trace (<think>…</think>): "
+        "tuning on them unlearns its reasoning. Use the Instruct checkpoint, or answers with their traces."
+    )
+
+
+def apply_tuning(model: nn.Module, tuning: TuningSettings, family: Family, seed: int) -> nn.Module:
+    """Decide what trains, adding adapters where the settings ask for them.
+
+    With `method: lora` the model comes back wrapped by peft; the base is frozen, adapter weights are float32, A drawn
+    from `seed` (the same on every device) and B zero. A model that already carries an adapter keeps it as it is. With
+    `method: full` the model itself comes back with `requires_grad` set: the language model with embeddings, norms and
+    lm_head under `finetune_language_layers`; the tower with its patch and position embeddings under
+    `finetune_vision_layers`; merger and DeepStack mergers under `finetune_merger`.
+
+    Raises:
+        ModelError: nothing would train.
+    """
+    for note in tuning_notes(tuning, family):
+        logger.warning(note)
+    if isinstance(model, PeftModel):
+        freeze_biases_of_other_parts(model)
+    elif tuning.method == "full":
+        _train_weights(model, tuning)
+    else:
+        model = _add_adapter(model, tuning, seed)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("Nothing trains under these tuning settings: set one of the tuning.finetune_… settings to true.")
+    return model
+
+
+def _add_adapter(model: nn.Module, tuning: TuningSettings, seed: int) -> PeftModel:
+    pattern = target_modules(tuning)
+    if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+        raise ModelError(
+            "No module of this model can get an adapter under these settings (the experts of a mixture of experts get none): "
+            "set tuning.finetune_attention_modules: true."
+        )
+    alpha = tuning.lora_alpha
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=pattern,
+        r=tuning.r,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else cast(int, alpha),  # peft divides it; a fraction is fine
+        lora_dropout=tuning.lora_dropout,
+        bias=tuning.bias,
+        use_rslora=tuning.use_rslora,
+    )
+    on_meta = next(model.parameters()).device.type == "meta"
+    # peft draws initial weights from the global generator; they are drawn again below, so its state is put back.
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if on_meta else nullcontext(), quiet_peft():
+        wrapped = cast(PeftModel, get_peft_model(cast(Any, model), config))
+    if not on_meta:
+        _draw_adapter_weights(wrapped, seed)
+    freeze_biases_of_other_parts(wrapped)
+    return wrapped
+
+
+@torch.no_grad()
+def _draw_adapter_weights(model: PeftModel, seed: int) -> None:
+    """A as peft draws it (Kaiming uniform with a = sqrt 5), but on the CPU under a seed of its own; B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            drawn = torch.empty(parameter.shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            parameter.copy_(drawn)
+        elif ".lora_B." in name:
+            parameter.zero_()
+
+
+def _train_weights(model: nn.Module, tuning: TuningSettings) -> None:
+    trains = {
+        "tower": tuning.finetune_vision_layers,
+        "merger": tuning.finetune_merger,
+        "language_model": tuning.finetune_language_layers,
+        "embeddings": tuning.finetune_language_layers,
+        "lm_head": tuning.finetune_language_layers,
+    }
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        steps = set(name.split("."))
+        kept = (part != "merger") and (
+            (bool(steps & _ATTENTION_STEPS) and not tuning.finetune_attention_modules)
+            or ("mlp" in steps and not tuning.finetune_mlp_modules)
+            or name.endswith(".mlp.gate.weight")  # the router of a mixture of experts
+        )
+        parameter.requires_grad_(trains[part] and not kept)

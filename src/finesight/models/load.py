@@ -1,0 +1,231 @@
+"""Settings -> a model with its processor, on its device, ready to train or to answer.
+
+The real transformers class of the family, weights from safetensors only, no code from a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import transformers
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from finesight.data.processor import Processor, checkpoint_folder, load_processor
+from finesight.errors import ModelError, RecipeError
+from finesight.families import Family
+from finesight.models.adapter_files import AdapterMetadata, load_adapter, read_metadata, restore_data_settings
+from finesight.recipe import DataSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model and what belongs to it."""
+
+    model: PreTrainedModel | PeftModel  # in evaluation mode
+    processor: Processor
+    device: torch.device
+    dtype: torch.dtype  # of the base weights
+    family: Family
+    metadata: AdapterMetadata | None = None  # what the adapter, or else the model itself, was trained under, if it says
+    notes: tuple[str, ...] = ()  # what people should know of how it was loaded; also logged
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, without the wrapping of an adapter."""
+        return cast(PreTrainedModel, getattr(self.model, "get_base_model", lambda: self.model)())
+
+
+def load(
+    name_or_path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    hub: str = "huggingface",
+    data: DataSettings | None = None,
+) -> LoadedModel:
+    """A model for answering: a checkpoint, and an adapter on it where one is given.
+
+    Args:
+        name_or_path: folder, or name on the hub.
+        adapter: folder of an adapter. Pixel limits and frame sampling are those it was trained with, unless `data`
+            sets them; overriding them is warned about.
+        dtype: auto, bfloat16, float16 or float32, of the base weights.
+        device: none: the first GPU, or the CPU where there is none.
+
+    Raises:
+        RecipeError: `dtype` or `hub` is none of those.
+        ModelError: see :func:`load_model`.
+    """
+    given = {"name_or_path": str(name_or_path), "hub": hub, "revision": revision, "dtype": dtype}
+    try:
+        settings = ModelSettings(**given, adapter=None if adapter is None else str(adapter))
+    except ValidationError as error:
+        problems = "; ".join(f"{problem['loc'][-1]}: {problem['msg']}" for problem in error.errors())
+        raise RecipeError(f"These settings of load cannot be used: {problems}.") from None
+    return load_model(settings, data=data, device=device)
+
+
+def load_model(
+    settings: ModelSettings,
+    *,
+    data: DataSettings | None = None,
+    device: str | torch.device | None = None,
+    train_adapter: bool = False,
+) -> LoadedModel:
+    """The model of a recipe.
+
+    Args:
+        data: limits of pixels and frames for the processor. Where it does not set them, those count that the adapter,
+            or a model tuned as a whole, was trained with.
+        device: none: the first GPU, or the CPU where there is none.
+        train_adapter: whether the adapter of `settings` is to be trained on rather than used.
+
+    Raises:
+        ModelError: there is no such checkpoint, its type is not supported, weights are missing or surplus, the adapter
+            does not fit, or the GPU is out of memory.
+    """
+    name = checkpoint_folder(settings.name_or_path, settings.hub, settings.revision)
+    notes: list[str] = []
+    trained = settings.adapter if settings.adapter is not None else name
+    metadata = read_metadata(trained)
+    if metadata is not None or settings.adapter is not None:
+        data, notes = restore_data_settings(trained, data)
+    processor = load_processor(name, data=data, revision=settings.revision)
+    chosen = choose_device(device)
+    dtype, dtype_note = choose_dtype(settings.dtype, chosen)
+    notes += [dtype_note] if dtype_note else []
+    model: Any = _load_weights(name, settings.revision, processor.family, dtype, chosen)
+    model.name_or_path = settings.name_or_path
+    if settings.adapter is not None:
+        model = load_adapter(model, settings.adapter, is_trainable=train_adapter)
+    for note in notes:
+        logger.warning(note)
+    return LoadedModel(model.eval(), processor, chosen, dtype, processor.family, metadata, tuple(notes))
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or else the current GPU, or else the CPU.
+
+    Raises:
+        ModelError: a GPU is asked for and there is none.
+    """
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"Device {device} is asked for, but torch sees no GPU. Use device cpu, or install torch with CUDA.")
+    return chosen
+
+
+def choose_dtype(asked: str, device: torch.device, *, gpu_has_bf16: bool | None = None) -> tuple[torch.dtype, str | None]:
+    """(precision of the base weights, what people should know of the choice or None).
+
+    `auto` is bfloat16 where the GPU computes in it, float16 on older GPUs, float32 on a CPU.
+
+    Args:
+        gpu_has_bf16: none: ask the GPU.
+
+    Raises:
+        ModelError: the precision is not one of those.
+    """
+    if asked not in ("auto", *_DTYPES):
+        raise ModelError(f"Precision {asked!r} is not one of auto, {', '.join(_DTYPES)}. Change model.dtype.")
+    if device.type != "cuda":
+        return _DTYPES["float32" if asked == "auto" else asked], None
+    if gpu_has_bf16 is None:
+        gpu_has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # from Ampere on
+    if asked == "auto":
+        if gpu_has_bf16:
+            return torch.bfloat16, None
+        return (
+            torch.float16,
+            "This GPU does not compute in bfloat16: the base is loaded in float16 (set model.dtype: float32 if the loss overflows).",
+        )
+    if asked == "bfloat16" and not gpu_has_bf16:
+        return torch.bfloat16, "This GPU does not compute in bfloat16 and will emulate it slowly: set model.dtype: float16."
+    return _DTYPES[asked], None
+
+
+def _load_weights(name: str, revision: str | None, family: Family, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    if Path(name).is_dir():
+        _refuse_missing_weights(Path(name))
+    model_class = getattr(transformers, family.model_class)
+    try:
+        model, info = model_class.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            # Straight onto a GPU, shard by shard; on a CPU weights stay where they are read.
+            device_map={"": device} if device.type != "cpu" else None,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(_out_of_memory(name, dtype, device)) from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"The weights of {name} cannot be loaded as {family.label}: {error}") from error
+    problems = [
+        f"{len(info[kind])} {what} (such as {min(map(str, info[kind]))})"
+        for kind, what in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "that the model has no place for"),
+            ("mismatched_keys", "of another shape"),
+        )
+        if info.get(kind)
+    ]
+    if problems:
+        raise ModelError(
+            f"The weights of {name} are not those of a whole {family.label}: {'; '.join(problems)}. Fetch the checkpoint again."
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _refuse_missing_weights(folder: Path) -> None:
+    names = {path.name for path in folder.glob("*")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise ModelError(f"{index} is damaged. Fetch the checkpoint again.") from None
+        if absent := sorted(needed - names):
+            raise ModelError(
+                f"{folder} lacks {len(absent)} of {len(needed)} weight files (such as {absent[0]}). Fetch the checkpoint again."
+            )
+        return
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+        reason = (
+            "its weights are pickled files, which can run code and are not read; convert them to safetensors"
+            if pickled
+            else "it has no weights"
+        )
+        raise ModelError(f"{folder} cannot be loaded: {reason}. A model.safetensors, or shards with their index, are needed.")
+
+
+def _out_of_memory(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    stored = sum(path.stat().st_size for path in Path(name).glob("*.safetensors")) / 2**30
+    free, total = (value / 2**30 for value in torch.cuda.mem_get_info(device))
+    size = f"its weights take {stored:.1f} GiB on disk, and " if stored else ""
+    return (
+        f"The GPU is out of memory loading {name}: {size}{free:.1f} of {total:.1f} GiB are free. Close what else uses the GPU, "
+        f"choose a smaller checkpoint, or a smaller precision than {str(dtype).removeprefix('torch.')}."
+    )

@@ -1,0 +1,60 @@
+"""What a sampler is asked and what it gives, whatever computes the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from finesight.data.conversation import Conversation
+from finesight.errors import RecipeError
+
+Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How answers are drawn.
+
+    Raises:
+        RecipeError: a value is out of its range.
+    """
+
+    max_completion_length: int = 128  # tokens, the end-of-turn token included
+    temperature: float = 0.0  # 0: the most likely token each time
+    top_p: float = 1.0  # only the most likely tokens that together have this probability
+    top_k: int = 0  # only this many most likely tokens; 0: all
+    seed: int = 0  # of the draws; answers depend on it and on the place of the prompt, not on the batch
+    batch_size: int = 8  # prompts side by side
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_completion_length": (self.max_completion_length >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "seed": (self.seed >= 0, "0 or more"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+        }
+        for name, (right, wanted) in ranges.items():
+            if not right:
+                raise RecipeError(f"Sampling setting {name} is {getattr(self, name)}; it must be {wanted}.")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer."""
+
+    text: str  # without special tokens
+    token_ids: tuple[int, ...]  # as drawn, with the end-of-turn token where one ended it
+    finish_reason: Literal["stop", "length"]  # stop: the model ended its turn; length: cut at max_completion_length
+
+
+class Sampler(Protocol):
+    """Answers prompts."""
+
+    def generate(
+        self, prompts: Sequence[Conversation], settings: SamplingSettings, on_progress: Progress | None = None
+    ) -> list[Completion]:
+        """One completion for each prompt, in their order. A prompt ends with what is to be answered."""
+        ...

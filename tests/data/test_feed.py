@@ -1,0 +1,199 @@
+"""Steps: which samples, in which packs, on which process; pixels from workers; positions that can be resumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finesight.data import feed as feed_module
+from finesight.data.conversation import MediaRef
+from finesight.data.encode import Encoder
+from finesight.data.feed import Feed, compose_steps, deal_packs, plan_packs
+from finesight.data.formats import read_source
+from finesight.data.processor import load_processor
+from finesight.errors import DataError
+from finesight.recipe import DataSettings, SourceSettings
+from tiny import tiny_checkpoint
+from tiny_runs import MAX_PIXELS, MIN_PIXELS, write_rows
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "m", "qwen3_vl")
+    return load_processor(folder, data=DataSettings(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory, processor):
+    """Four images with three questions each, and two rows of text."""
+    path = write_rows(tmp_path_factory.mktemp("rows"), images=4, questions=3, text_rows=2)
+    result = read_source(SourceSettings(path=str(path)), data=DataSettings(), base_dir=path.parent)
+    encoder = Encoder(processor)
+    return [encoder.encode(conversation) for conversation in result.conversations]
+
+
+def make(samples, processor, **arguments):
+    return Feed(samples, processor, **{"train_batch_size": 4, "token_budget": 128, "seed": 1, **arguments})
+
+
+def same(a, b):
+    """Whether two packed batches hold the same."""
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("input_ids", "position_ids", "patches", "token", "weight", "predict_from")
+    )
+
+
+def test_every_sample_once_an_epoch_and_only_the_last_step_is_smaller():
+    groups = [f"g{i % 7}" if i % 3 else None for i in range(103)]
+    for epoch in range(3):
+        steps = compose_steps(groups, batch_size=8, shuffle=True, seed=5, epoch=epoch)
+        assert [len(step) for step in steps] == [8] * 12 + [7]
+        assert sorted(row for step in steps for row in step) == list(range(103))
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    groups = [None] * 50
+    first, again, other_epoch, other_seed = (
+        compose_steps(groups, batch_size=8, shuffle=True, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))
+    )
+    assert first == again and first != other_epoch and first != other_seed
+    assert [row for step in first for row in step] != list(range(50))
+
+
+def test_without_shuffle_the_order_of_the_data_is_kept():
+    assert compose_steps(["a", "b", "a"], batch_size=2, shuffle=False, seed=0, epoch=3) == [[0, 1], [2]]
+
+
+def test_groups_stay_in_one_step_where_the_batch_allows():
+    groups = [f"image-{i // 3}" for i in range(90)]  # 30 images with three questions each
+    steps = compose_steps(groups, batch_size=9, shuffle=True, seed=0, epoch=0)
+    assert all(set(Counter(groups[row] for row in step).values()) == {3} for step in steps)
+    # 8 is no multiple of 3: a step may have to split a group at its end, and no more than that.
+    split = [
+        group for step in compose_steps(groups, batch_size=8, shuffle=True, seed=0, epoch=0)
+        for group, count in Counter(groups[row] for row in step).items() if count < 3
+    ]  # fmt: skip
+    assert len(split) <= 2 * 12
+
+
+def test_a_group_larger_than_a_batch_is_split_and_spread():
+    groups = ["one"] * 16 + [None] * 16
+    steps = compose_steps(groups, batch_size=4, shuffle=True, seed=3, epoch=0)
+    kinds = [sum(groups[row] == "one" for row in step) for step in steps]
+    assert sum(kinds) == 16 and kinds != sorted(kinds, reverse=True)
+
+
+@pytest.mark.parametrize(("tokens", "processes"), [([5, 9, 3, 8, 2], 2), ([7], 4), ([4, 4, 4, 4], 2), ([10, 1, 1, 1, 1, 1], 3)])
+def test_packs_are_dealt_evenly(tokens, processes):
+    deal = deal_packs(tokens, processes)
+    assert len({len(hand) for hand in deal}) == 1
+    assert sorted(pack for hand in deal for pack in hand if pack is not None) == list(range(len(tokens)))
+    assert sum(pack is None for hand in deal for pack in hand) < processes
+
+
+def test_dealing_balances_tokens():
+    deal = deal_packs([100, 90, 80, 30, 20, 10], 2)
+    loads = [sum([100, 90, 80, 30, 20, 10][pack] for pack in hand if pack is not None) for hand in deal]
+    assert sorted(loads) == [150, 180]  # no division into threes is better
+
+
+def test_several_processes_get_smaller_packs_rather_than_none(samples):
+    plans, deal = plan_packs(samples, token_budget=10_000, share=True)
+    assert len(plans) == 1 and deal == ((0,),)
+    plans, deal = plan_packs(samples, token_budget=10_000, share=True, processes=2)
+    assert all(pack is not None for hand in deal for pack in hand)
+    loads = [sum(plans[pack].num_tokens for pack in hand) for hand in deal]
+    assert max(loads) < 0.7 * sum(loads)
+    assert sum(len(plan.samples) for plan in plans) == len(samples)
+
+
+def test_steps_hold_all_samples_and_their_figures(samples, processor):
+    feed = make(samples, processor)
+    steps = list(feed.steps(0))
+    assert [step.num_samples for step in steps] == [4, 4, 4, 2] and feed.steps_per_epoch == 4
+    assert sum(step.target_weight for step in steps) == sum(sample.target_weight for sample in samples)
+    assert sum(step.unshared_tokens for step in steps) == sum(len(sample) for sample in samples)
+    assert sum(step.num_tokens for step in steps) < sum(step.unshared_tokens for step in steps)  # images are shared
+    for step in steps:
+        assert step.num_tokens == sum(pack.num_tokens for pack in step.packs)
+        assert step.target_weight == pytest.approx(sum(pack.weight.sum().item() for pack in step.packs))
+        assert all(pack.num_tokens <= 128 for pack in step.packs)
+        assert step.padded_tokens >= step.unshared_tokens
+        assert len(step.pack_rows) == len(step.packs)
+    rows = sorted(row.row for step in steps for pack in step.pack_rows for row in pack)
+    assert rows == list(range(len(samples)))
+
+
+def test_each_image_is_decoded_once_a_step(samples, processor, monkeypatch):
+    decoded = []
+    real = feed_module.visual_patches
+    monkeypatch.setattr(feed_module, "visual_patches", lambda item, p: decoded.append(item.key) or real(item, p))
+    # A budget that divides every tree: the same image stands in several packs of a step.
+    step = next(iter(make(samples, processor, shuffle=False, train_batch_size=3, token_budget=50).steps(0)))
+    assert len(step.packs) > 1 and len(decoded) == 1
+    assert sum(len(pack.grids) for pack in step.packs) > 1
+
+
+def test_a_start_in_the_middle_gives_the_same_steps(samples, processor):
+    feed = make(samples, processor)
+    whole = [*feed.steps(0), *feed.steps(1)]
+    resumed = list(make(samples, processor).stream(0, 3, 4))
+    assert [(s.epoch, s.index) for s in resumed] == [(0, 3), (1, 0), (1, 1), (1, 2)]
+    for a, b in zip(whole[3:7], resumed, strict=True):
+        assert all(same(x, y) for x, y in zip(a.packs, b.packs, strict=True))
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "steps"), [(1, None, 4), (2.5, None, 10), (0.3, None, 2), (0.01, None, 1), (1, 7, 7), (1 / 3 * 3, None, 4)])
+def test_fractional_epochs(samples, processor, epochs, max_steps, steps):
+    assert make(samples, processor).total_steps(epochs, max_steps) == steps
+
+
+def test_processes_share_a_step(samples, processor):
+    alone = list(make(samples, processor, token_budget=100).steps(0))
+    hands = [list(make(samples, processor, token_budget=100, processes=3, process=process).steps(0)) for process in range(3)]
+    for number, step in enumerate(alone):
+        parts = [hand[number] for hand in hands]
+        assert len({len(part.packs) for part in parts}) == 1  # DDP waits for as many backward passes on each
+        assert {part.target_weight for part in parts} == {step.target_weight}
+        assert sum(pack.weight.sum().item() for part in parts for pack in part.packs) == pytest.approx(step.target_weight)
+        if step.num_samples < 3:  # somebody repeats a pack without weight
+            assert any(pack.weight.sum() == 0 and pack.num_targets > 0 for part in parts for pack in part.packs)
+
+
+def test_workers_give_what_the_process_itself_gives(samples, processor):
+    state = torch.get_rng_state()
+    own, theirs = (list(make(samples, processor, num_workers=workers).stream(0, 1, 5)) for workers in (0, 2))
+    assert torch.equal(state, torch.get_rng_state())  # the loader must not draw from the generator of dropout
+    for a, b in zip(own, theirs, strict=True):
+        assert (a.epoch, a.index, a.pack_rows, a.target_weight) == (b.epoch, b.index, b.pack_rows, b.target_weight)
+        assert all(same(x, y) for x, y in zip(a.packs, b.packs, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_opened_names_its_row(samples, processor, tmp_path, workers):
+    broken = tmp_path / "broken.png"
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:40])
+    item = replace(samples[4].visual_items[0], part=replace(samples[4].visual_items[0].part, media=MediaRef(path=str(broken))), key="broken")
+    rows = [*samples[:4], replace(samples[4], visual_items=(item,))]
+    feed = make(rows, processor, shuffle=False, num_workers=workers)
+    stream = feed.steps(0)
+    assert next(stream).num_samples == 4
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 4: .*broken\.png"):
+        next(stream)
+
+
+def test_no_samples_are_refused(processor):
+    with pytest.raises(DataError, match="no samples"):
+        make([], processor)
+
+
+def test_survey_is_spread_over_the_epoch(samples, processor):
+    feed = make(samples, processor)
+    assert [plan.index for plan in feed.survey()] == [0, 1, 2, 3]
+    assert [plan.index for plan in feed.survey(max_steps=2)] == [0, 2]

@@ -1,0 +1,202 @@
+"""Processors read from checkpoint folders: templates, limits, what is refused, where names come from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import transformers
+
+from finesight.data.processor import checkpoint_folder, load_processor
+from finesight.errors import ModelError, RecipeError
+from finesight.families import QWEN3_VL
+from finesight.geometry import PatchLayout, PixelLimits
+from finesight.recipe import DataSettings
+from tiny import CHAT_TEMPLATE, FAMILIES, tiny_checkpoint
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small files of a checkpoint: no weights are needed for any of these tests."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("qwen3") / "checkpoint", "qwen3_vl")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(qwen3: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(qwen3, tmp_path / "checkpoint"))
+
+
+def change(file: Path, **values: object) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(content | values), encoding="utf-8")
+
+
+def test_every_family_is_read(checkpoint: tuple[str, Path]) -> None:
+    family, folder = checkpoint
+    processor = load_processor(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert processor.family.model_type == family
+    assert processor.layout == PatchLayout(processor.family.patch_size, 2, 2)
+    assert processor.image_limits == PixelLimits(*((3136, 12845056) if family == "qwen2_5_vl" else (65536, 16777216)))
+    assert processor.video_limits == PixelLimits(processor.family.video_min_pixels, processor.family.video_max_pixels)
+    assert processor.image_token_id == config.image_token_id
+    assert processor.tokenizer.convert_ids_to_tokens(processor.vision_end_token_id) == "<|vision_end|>"
+    assert processor.chat_template == CHAT_TEMPLATE
+    assert processor.tokens_per_second == (2.0 if family == "qwen2_5_vl" else 1.0)
+    assert type(processor.image_processor).__name__ == "Qwen2VLImageProcessorPil"
+    assert (processor.fps, processor.max_frames) == (2.0, 768)
+
+
+def test_loading_says_nothing_of_backends(qwen3: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING):
+            load_processor(qwen3)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert "torchvision" not in caplog.text
+    assert capfd.readouterr().err == ""
+
+
+def test_a_processor_can_be_pickled(qwen3: Path) -> None:
+    processor = load_processor(qwen3)
+    copy = pickle.loads(pickle.dumps(processor))
+    assert copy.layout == processor.layout
+    assert copy.tokenizer("the value")["input_ids"] == processor.tokenizer("the value")["input_ids"]
+
+
+def test_limits_of_the_recipe_go_first(qwen3: Path) -> None:
+    data = DataSettings(min_pixels=1024, max_pixels=50_176, video_max_pixels=100_000, fps=1.0, max_frames=16)
+    processor = load_processor(qwen3, data=data)
+    assert processor.image_limits == PixelLimits(1024, 50_176)
+    assert processor.video_limits == PixelLimits(QWEN3_VL.video_min_pixels, 100_000)
+    assert (processor.fps, processor.max_frames) == (1.0, 16)
+    # An upper limit alone takes the checkpoint's lower one (65,536) down with it.
+    assert load_processor(qwen3, data=DataSettings(max_pixels=50_176)).image_limits == PixelLimits(50_176, 50_176)
+
+
+def test_limits_below_one_token_are_refused(qwen3: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.min_pixels and data\.max_pixels: max_pixels of 1000 .* 32 × 32 = 1024"):
+        load_processor(qwen3, data=DataSettings(max_pixels=1000))
+    with pytest.raises(RecipeError, match=r"data\.video_min_pixels and .* more than max_pixels"):
+        load_processor(qwen3, data=DataSettings(video_min_pixels=20_000, video_max_pixels=10_000))
+
+
+def test_limits_of_the_checkpoint(folder: Path) -> None:
+    (folder / "processor_config.json").write_text(
+        json.dumps({"video_processor": {"size": {"shortest_edge": 5000, "longest_edge": 50_000}}})
+    )
+    assert load_processor(folder).video_limits == PixelLimits(5000, 50_000)
+    change(folder / "video_preprocessor_config.json", size={"shortest_edge": 4096, "longest_edge": 4_000_000})
+    assert load_processor(folder).video_limits == PixelLimits(4096, 4_000_000)
+    change(folder / "video_preprocessor_config.json", size=None, min_pixels=6000, max_pixels=60_000)  # as older checkpoints have it
+    assert load_processor(folder).video_limits == PixelLimits(6000, 60_000)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    del settings["size"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"min_pixels": 4096, "max_pixels": 8192}))
+    assert load_processor(folder).image_limits == PixelLimits(4096, 8192)
+    change(folder / "preprocessor_config.json", max_pixels=100)
+    with pytest.raises(ModelError, match="checkpoint's pixel limits"):
+        load_processor(folder)
+
+
+def test_sources_of_the_chat_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("from jinja")
+    change(folder / "chat_template.json", chat_template="from json")
+    assert load_processor(folder).chat_template == "from jinja"
+    (folder / "chat_template.jinja").unlink()
+    assert load_processor(folder).chat_template == "from json"
+    (folder / "chat_template.json").unlink()
+    change(folder / "tokenizer_config.json", chat_template="from the tokenizer")
+    assert load_processor(folder).chat_template == "from the tokenizer"
+    change(folder / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(ModelError, match="no chat template"):
+        load_processor(folder)
+
+
+def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    change(adapter / "adapter_config.json", base_model_name_or_path="Qwen/Qwen3-VL-8B-Instruct")
+    with pytest.raises(ModelError, match=r"Set model\.adapter to it .*Qwen/Qwen3-VL-8B-Instruct"):
+        load_processor(adapter)
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        load_processor(tmp_path)
+    with pytest.raises(ModelError, match="does not exist"):
+        load_processor(tmp_path / "missing")
+    with pytest.raises(ModelError, match="is a file"):
+        load_processor(folder / "config.json")
+    (folder / "video_preprocessor_config.json").write_text("{broken")
+    with pytest.raises(ModelError, match=r"video_preprocessor_config\.json is not valid JSON"):
+        load_processor(folder)
+
+
+def test_parts_of_different_models_are_refused(folder: Path) -> None:
+    change(folder / "preprocessor_config.json", patch_size=14)
+    with pytest.raises(ModelError, match=r"patch_size=14.* expects .*patch_size=16"):
+        load_processor(folder)
+    change(folder / "preprocessor_config.json", patch_size=16)
+    change(folder / "config.json", image_token_id=300)
+    with pytest.raises(ModelError, match=r"image_token_id .* is 300, which is no special token"):
+        load_processor(folder)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json cannot be read"):
+        load_processor(folder)
+
+
+def test_other_models_are_refused(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(ModelError, match="'qwen2' is not supported"):
+        load_processor(folder)
+
+
+def test_a_name_that_is_not_cached_is_refused_without_a_network() -> None:
+    with pytest.raises(ModelError, match=r"Qwen/no-such-model: config\.json cannot be read"):
+        load_processor("Qwen/no-such-model")
+
+
+def test_names_and_folders(folder: Path) -> None:
+    assert checkpoint_folder("Qwen/Qwen3-VL-8B-Instruct") == "Qwen/Qwen3-VL-8B-Instruct"
+    assert checkpoint_folder(folder) == str(folder)
+    assert checkpoint_folder(folder, "modelscope") == str(folder)  # a folder is a folder, whatever the hub
+    for missing in ("./gone", "../gone", "~/gone", "a/b/c"):
+        with pytest.raises(ModelError, match="does not exist"):
+            checkpoint_folder(missing)
+
+
+def test_modelscope_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ModelError, match="pip install modelscope"):
+        checkpoint_folder("Qwen/Qwen3-VL-8B-Instruct", "modelscope")
+
+
+def test_modelscope_is_asked_for_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package needs the network for everything, so its one function is stood in for."""
+    asked: list[tuple[str, str | None, bool]] = []
+
+    def snapshot_download(model_id: str, revision: str | None = None, ignore_file_pattern: list[str] | None = None) -> str:
+        asked.append((model_id, revision, ignore_file_pattern is None))
+        if model_id == "Qwen/gone":
+            raise RuntimeError("404")
+        return str(folder)
+
+    monkeypatch.setitem(sys.modules, "modelscope", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert checkpoint_folder("Qwen/Qwen3-VL-8B-Instruct", "modelscope", "v1") == str(folder)
+    assert load_processor("Qwen/Qwen3-VL-8B-Instruct", hub="modelscope", revision="v1").family == QWEN3_VL
+    assert asked == [("Qwen/Qwen3-VL-8B-Instruct", "v1", True), ("Qwen/Qwen3-VL-8B-Instruct", "v1", False)]
+    with pytest.raises(ModelError, match="Qwen/gone cannot be fetched from ModelScope: 404"):
+        checkpoint_folder("Qwen/gone", "modelscope")
