@@ -1,0 +1,46 @@
+"""Fine-tune Qwen vision-language models.
+
+The Python API has the words of the command. Names are loaded when they are first used, so that `import finesight` is
+instant and imports no torch::
+
+    recipe = finesight.load_recipe("recipe.yaml", ["training.learning_rate=2e-5"])
+    result = finesight.train(recipe)
+
+    trainer = finesight.SFTTrainer("Qwen/Qwen3-VL-4B-Instruct", train_dataset=rows, output_dir="runs/mine", r=16)
+    result = trainer.train()
+
+    loaded = finesight.load("Qwen/Qwen3-VL-4B-Instruct", adapter="runs/mine/adapter")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finesight.models.load import load
+    from finesight.recipe import load_recipe
+    from finesight.training.run import SFTTrainer, train
+
+__version__ = "0.1.0"
+
+__all__ = ["SFTTrainer", "__version__", "load", "load_recipe", "train"]
+
+_PLACES = {
+    "SFTTrainer": "finesight.training.run",
+    "load": "finesight.models.load",
+    "load_recipe": "finesight.recipe",
+    "train": "finesight.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'finesight' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

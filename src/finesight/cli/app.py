@@ -1,0 +1,252 @@
+"""The commands. Each reads its arguments, calls the library, prints; what it needs is imported inside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from finesight.errors import FinesightError
+
+app = typer.Typer(
+    name="finesight",
+    help="Fine-tune Qwen vision-language models: from a data file to a measurably better model.",
+    epilog="Start with `finesight init`. FINESIGHT_DEBUG=1 shows the traceback of an error.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.NAME=VALUE]…", help="Settings that go before those of the recipe.", show_default=False),
+]
+_RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command. Exits with 0 when done, 1 when a check found something, 2 on any error, 130 when interrupted."""
+    debug = os.environ.get("FINESIGHT_DEBUG", "") not in ("", "0")
+    _quiet_libraries(debug)
+    errors = Console(stderr=True)
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="finesight")
+    except FinesightError as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("[yellow]Interrupted.[/]")
+        sys.exit(130)
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Warnings of Finesight go to stderr; the chatter of libraries only when debugging."""
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=debug, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("finesight").setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="Checkpoint: a folder, or a name on the hub.")] = "Qwen/Qwen3-VL-8B-Instruct",
+    data: Annotated[str, typer.Option(help="File, folder or hub name with the rows to train on.")] = "data/train.jsonl",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write; never overwritten.")] = Path("recipe.yaml"),
+    output_dir: Annotated[str, typer.Option(help="Folder of the run.")] = "runs/first",
+    method: Annotated[Literal["lora", "full"], typer.Option(help="An adapter, or the weights themselves.")] = "lora",
+    eval_split: Annotated[str, typer.Option(help="Hold-out: '5%', 'last 4', a file, or 'none'.")] = "5%",
+    grader: Annotated[str, typer.Option(help="How held-out answers are graded (`finesight eval --graders`).")] = "exact_match",
+    column: Annotated[
+        list[str] | None, typer.Option(help="For a table: role=name, e.g. --column image=image --column answer=label.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="For a table: template of the question, {column} is replaced.")] = None,
+    media_dir: Annotated[str | None, typer.Option(help="Second folder that image paths are resolved against.")] = None,
+) -> None:
+    """Write a commented recipe with every setting in it."""
+    from finesight.cli.init import chosen_settings, commented_recipe, write_new
+
+    source = {"path": data, "columns": column, "prompt": prompt, "media_dir": media_dir}
+    chosen = chosen_settings(model=model, source=source, output_dir=output_dir, method=method, eval_split=eval_split, grader=grader)
+    write_new(output, commented_recipe(chosen, name=str(output)))
+    Console().print(f"Wrote {output}. Next: finesight check {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_DATA", help="A recipe, or a data file, folder or hub name.", show_default=False)
+    ],
+    overrides: _OverridesArgument = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint whose tokens are counted; goes before the recipe's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
+) -> None:
+    """Look through the data: what it holds, what is wrong with it, what training on it costs.
+
+    Every row is read and encoded as training would. Exits with 1 when rows cannot be used.
+    """
+    from finesight.cli.check import check_recipe, target_recipe
+
+    recipe, with_model = target_recipe(target, model, overrides or ())
+    result = check_recipe(recipe, with_model=with_model, console=Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False, default=str))
+    else:
+        result.render(Console())
+    if result.rows.bad or not result.can_train:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: _RecipeArgument,
+    overrides: _OverridesArgument = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, token counts and samples; train nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint of the run, if there is one.")] = False,
+) -> None:
+    """Train as a recipe says.
+
+    Ctrl-C (or SIGTERM) stops after the present step and saves a checkpoint; --resume goes on from it.
+    """
+    from finesight.recipe import load_recipe
+
+    settings = load_recipe(recipe, [*(overrides or ()), *(["training.resume=true"] if resume else [])])
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
+    if dry_run:
+        from finesight.cli.preview import show_dry_run
+
+        show_dry_run(settings, console)
+        return
+    from finesight.training.run import train as run_training
+
+    result = run_training(settings, console=console)
+    again = " ".join(shlex.quote(argument) for argument in (str(recipe), *(overrides or ())))
+    if result.interrupted:
+        console.print(f"Stopped. To go on: finesight train {again} --resume", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130)
+    console.print(f"Next: finesight eval {again}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)] = None,
+    overrides: _OverridesArgument = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter, fully tuned model or run to judge.", show_default="those of the recipe's output_dir")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results.", show_default="output_dir/eval")] = None,
+    before: Annotated[Path | None, typer.Option(help="Results of the base from an earlier evaluation, not to judge it again.")] = None,
+    skip_before: Annotated[bool, typer.Option("--skip-before", help="Do not judge the base.")] = False,
+    graders: Annotated[bool, typer.Option("--graders", help="List the graders.")] = False,
+) -> None:
+    """Judge before and after: the tasks of a recipe, and a text-only probe.
+
+    Writes every answer, summaries and report.html, which opens without a network.
+    """
+    from finesight.cli.evaluate import evaluate_recipe, graders_table, outcome_table
+    from finesight.cli.weights import find_weights, require_weights
+    from finesight.recipe import load_recipe
+
+    console = Console()
+    if graders:
+        console.print(graders_table())
+        return
+    if recipe is None:
+        raise typer.BadParameter("a recipe is needed", param_hint="RECIPE")
+    settings = load_recipe(recipe, overrides or ())
+    run = Path(settings.training.output_dir)
+    trained = require_weights(adapter) if adapter is not None else find_weights(run)
+    if trained is None:
+        console.print(f"{run} holds no trained weights yet: only the base is judged.", highlight=False, markup=False)
+    outcome = evaluate_recipe(
+        settings, trained, output or run / "eval", before=before, skip_before=skip_before, console=Console(stderr=True)
+    )  # fmt: skip
+    console.print(outcome_table(outcome))
+    console.print(f"Answers: {outcome.folder}\nReport: {outcome.report}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[str], typer.Argument(help="Images, videos, folders of them, or data files with questions.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint: a folder, or a name on the hub.", show_default="the adapter's base")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter, fully tuned model or run.")] = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="What to ask about each image or video.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write.", show_default="stdout")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.", show_default="the adapter's")] = None,
+    max_completion_length: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Only the most likely tokens that together have this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, above temperature 0.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered side by side.")] = 8,
+    min_pixels: Annotated[int | None, typer.Option(help="Lower pixel limit of an image.", show_default="as trained")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Upper pixel limit of an image.", show_default="as trained")] = None,
+    media_dir: Annotated[str | None, typer.Option(help="For data files: second folder that image paths are resolved against.")] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) images that rows name.")] = False,
+    on_bad_row: Annotated[Literal["stop", "skip"], typer.Option(help="What to do about rows that cannot be used.")] = "stop",
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Precision of the base weights.")] = "auto",
+) -> None:
+    """Answer questions about images: one JSON object a line.
+
+    With an adapter, pixel limits, frame rate and system prompt are those that it was trained with.
+    """
+    from finesight.cli.predict import predict_to
+    from finesight.cli.weights import model_settings
+    from finesight.recipe import DataSettings, SourceSettings
+    from finesight.sampling.types import SamplingSettings
+
+    limits = {name: value for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value is not None}
+    count = predict_to(
+        output,
+        model_settings(model, adapter, dtype),
+        inputs,
+        question,
+        SamplingSettings(max_completion_length, temperature, top_p, seed=seed, batch_size=batch_size),
+        data=DataSettings(**limits, allow_urls=allow_urls, on_bad_row=on_bad_row),
+        source=SourceSettings(path=inputs[0], media_dir=media_dir, system=system),
+        console=Console(stderr=True),
+    )
+    if output is not None:
+        Console().print(f"{count:,} answers: {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder that everything is written to.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of scenes, weights and the order of rows.")] = 0,
+) -> None:
+    """See the whole path in minutes, on a CPU, without a network.
+
+    A tiny Qwen3-VL learns to read real scans of digits; an adapter then teaches it new questions. Measured before and after.
+    The extra `demo` (scikit-learn, which carries the scans) must be installed.
+    """
+    from finesight.demo import run_demo
+
+    run_demo(output, seed=seed, console=Console())
+
+
+@app.command()
+def version() -> None:
+    """Show the versions of Finesight and of the libraries underneath, and the device."""
+    from finesight.cli.version import versions
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in versions().items():
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,104 @@
+"""What `finesight check` does: reads and encodes every row as training would, and reports instead of stopping."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from finesight.data.audit import AuditSettings, DatasetAudit, audit
+from finesight.data.conversation import Conversation
+from finesight.data.encode import Encoder
+from finesight.data.formats import ReadResult, read_source
+from finesight.data.processor import load_processor
+from finesight.data.sample import Sample
+from finesight.data.split import held_out_source, hold_out, is_share
+from finesight.errors import BadRow, RecipeError
+from finesight.models.adapter_files import restore_data_settings
+from finesight.recipe import Recipe, load_recipe
+from finesight.training.prepare import data_seed, encode_all
+
+_NO_MODEL = "(none)"
+
+
+def target_recipe(target: str, model: str | None, overrides: Sequence[str]) -> tuple[Recipe, bool]:
+    """The recipe to check, and whether it names a model: `target` is a recipe, or the path or hub name of data alone.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or an override does not fit.
+    """
+    if Path(target).suffix.lower() in (".yaml", ".yml"):
+        given = [] if model is None else [f"model.name_or_path={json.dumps(model)}"]
+        return load_recipe(target, [*given, *overrides]), True
+    settings = [f"model.name_or_path={json.dumps(model or _NO_MODEL)}", f"data.train=[{{path: {json.dumps(target, ensure_ascii=False)}}}]"]
+    recipe = load_recipe(None, [*settings, *overrides])
+    return recipe, recipe.model.name_or_path != _NO_MODEL
+
+
+def check_recipe(recipe: Recipe, *, with_model: bool, console: Console, base_dir: Path | None = None) -> DatasetAudit:
+    """Looks through the data of a recipe. Bad rows are figures here, not errors.
+
+    Args:
+        with_model: encode the rows for the recipe's model, for figures in tokens.
+        console: for progress and notes.
+
+    Raises:
+        DataError: a source as a whole cannot be read, or the rows cannot be divided as `data.eval_split` says.
+        ModelError: the processor cannot be read.
+    """
+    base_dir = base_dir or Path.cwd()
+    if with_model and recipe.model.adapter is not None:  # its pixel limits are kept, as in training
+        recipe = recipe.model_copy(update={"data": restore_data_settings(recipe.model.adapter, recipe.data)[0]})
+    if not recipe.data.train:
+        raise RecipeError("The recipe names no rows: set data.train to a file, a folder or a hub name.")
+    sources = [read_source(source, data=recipe.data, base_dir=base_dir) for source in recipe.data.train]
+    held_out_setting = held_out_source(recipe.data)
+    held_out_results = [] if held_out_setting is None else [read_source(held_out_setting, data=recipe.data, base_dir=base_dir)]
+    for note in [note for result in (*sources, *held_out_results) for note in result.notes]:
+        console.print(f"Note: {note}", markup=False, highlight=False)
+    train, held_out, bad_rows = (
+        _joined(sources),
+        _joined(held_out_results),
+        [row for r in (*sources, *held_out_results) for row in r.bad_rows],
+    )
+    samples: dict[int, Sample] | None = None
+    if with_model and (train or held_out):
+        samples, failed = _encode(recipe, [*train, *held_out], console)
+        bad_rows += failed
+        train, held_out = ([c for c in side if id(c) in samples] for side in (train, held_out))
+    eval_split = recipe.data.eval_split
+    if train and eval_split is not None and is_share(eval_split):
+        train, held_out = hold_out(train, eval_split, data_seed(recipe))
+    return audit(
+        train,
+        None if samples is None else [samples[id(c)] for c in train],
+        bad_rows,
+        AuditSettings.of(recipe),
+        held_out=held_out,
+        formats={result.file: result.format for result in (*sources, *held_out_results)},
+    )
+
+
+def _joined(results: Sequence[ReadResult]) -> list[Conversation]:
+    return [conversation for result in results for conversation in result.conversations]
+
+
+def _encode(recipe: Recipe, conversations: Sequence[Conversation], console: Console) -> tuple[dict[int, Sample], list[BadRow]]:
+    """Samples by the identity of their conversation, and the rows that cannot be encoded.
+
+    Where too long a sample would stop the run it is encoded all the same, so that its length can be told.
+    """
+    processor = load_processor(recipe.model.name_or_path, data=recipe.data, hub=recipe.model.hub, revision=recipe.model.revision)
+    refuses = recipe.data.too_long == "refuse"
+    encoder = Encoder(
+        processor,
+        train_on=recipe.data.train_on,
+        image_first=recipe.data.image_first,
+        max_length_tokens=None if refuses else recipe.data.max_length_tokens or recipe.training.token_budget,
+        too_long=recipe.data.too_long,
+    )
+    outcomes = encode_all(conversations, encoder, console)
+    samples = {id(c): outcome for c, outcome in zip(conversations, outcomes, strict=True) if isinstance(outcome, Sample)}
+    return samples, [outcome for outcome in outcomes if isinstance(outcome, BadRow)]

@@ -1,0 +1,182 @@
+"""What `finesight predict` does: images, folders and data files in, one JSON object an answer out."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from finesight.cli.progress import task_progress
+from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
+from finesight.data.formats import accept, read_source
+from finesight.data.media_policy import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from finesight.data.tables import FILE_SUFFIXES
+from finesight.errors import DataError, RecipeError
+from finesight.evaluation.results import media_label, prompt_text
+from finesight.models.adapter_files import read_metadata
+from finesight.models.load import LoadedModel, load_model
+from finesight.recipe import DataSettings, ModelSettings, SourceSettings
+from finesight.sampling.transformers_sampler import TransformersSampler
+from finesight.sampling.types import Completion, SamplingSettings
+
+_BATCHES_PER_CHUNK = 16  # answers are written after so many batches, so that little is lost when the run is stopped
+
+
+def read_inputs(
+    paths: Sequence[str], question: str | None, *, data: DataSettings, source: SourceSettings, console: Console
+) -> list[Conversation]:
+    """One conversation for each image, video or row.
+
+    Args:
+        question: asked about each image or video; rows of data files ask their own.
+        source: how data files are read (its path is replaced), and the system prompt where a row has none.
+        console: for notes.
+
+    Raises:
+        DataError: an input cannot be read, or rows cannot be used and `data.on_bad_row` is stop.
+        RecipeError: images without a question.
+    """
+    conversations: list[Conversation] = []
+    for path in paths:
+        media = _media_files(Path(path))
+        if media:
+            if question is None:
+                raise RecipeError(f"{path} is an image, a video or a folder of them: say with --question what to ask about it.")
+            conversations += [_about(file, number, path, question, source.system) for number, file in enumerate(media)]
+            continue
+        result = read_source(source.model_copy(update={"path": path}), data=data, base_dir=Path.cwd(), require_answer=False)
+        for note in result.notes:
+            console.print(f"Note: {note}", markup=False, highlight=False)
+        conversations += accept(result, data.on_bad_row)
+    return conversations
+
+
+def _media_files(path: Path) -> list[Path]:
+    """The image or video itself, or those of a folder without data files in the natural order of their names; empty for data."""
+    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    if path.is_dir():
+        names = sorted(path.iterdir(), key=lambda name: _natural(name.name))
+        if any(name.suffix.lower() in FILE_SUFFIXES for name in names):
+            return []
+        return [name for name in names if name.suffix.lower() in known]
+    if path.suffix.lower() not in known:
+        return []
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Give images, videos, folders of them, or data files.")
+    return [path]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts `10.png` after `9.png`."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def _about(file: Path, number: int, given: str, question: str, system: str | None) -> Conversation:
+    kind: Any = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "image"
+    turns = [Turn("user", (Part(kind, media=MediaRef(path=str(file.resolve()))), Part("text", text=question)))]
+    if system:
+        turns.insert(0, Turn("system", (Part("text", text=system),)))
+    return Conversation(tuple(turns), RowSource(given, number))
+
+
+def answer_all(
+    loaded: LoadedModel,
+    conversations: Sequence[Conversation],
+    settings: SamplingSettings,
+    *,
+    image_first: bool,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Records of the answers, in the order of the conversations, chunk by chunk.
+
+    Raises:
+        DataError, ModelError: from encoding and answering.
+    """
+    sampler = TransformersSampler(loaded.model, loaded.processor, image_first=image_first)
+    chunk = settings.batch_size * _BATCHES_PER_CHUNK
+    for start in range(0, len(conversations), chunk):
+        part = conversations[start : start + chunk]
+        report = None if on_progress is None else _shifted(on_progress, start, len(conversations))
+        completions = sampler.generate([c.prompt() for c in part], settings, report)
+        yield from (prediction(c, completion) for c, completion in zip(part, completions, strict=True))
+
+
+def _shifted(on_progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: on_progress(start + done, total)
+
+
+def prediction(conversation: Conversation, completion: Completion) -> dict[str, Any]:
+    """One answer as it is written: where it comes from, what was asked, what was answered."""
+    record: dict[str, Any] = {
+        "file": conversation.source.file,
+        "row": conversation.source.row,
+        "images": [media_label(part) for part in conversation.media],
+        "question": prompt_text(conversation),
+        "answer": completion.text,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.token_ids),
+    }
+    if conversation.turns[-1].role == "assistant":
+        record["expected"] = conversation.answer
+    return record
+
+
+def predict_to(
+    output: Path | None,
+    model: ModelSettings,
+    paths: Sequence[str],
+    question: str | None,
+    settings: SamplingSettings,
+    *,
+    data: DataSettings,
+    source: SourceSettings,
+    console: Console,
+) -> int:
+    """Answers everything, one JSON object a line; returns how many answers there were.
+
+    Args:
+        output: file to write; None: stdout.
+        data: what goes before the pixel limits and frame sampling that an adapter was trained with.
+        source: how data files are read, and the system prompt that goes before the adapter's.
+        console: for progress and notes.
+
+    Raises:
+        DataError, ModelError, RecipeError: from reading, loading and answering.
+    """
+    trained = read_metadata(model.adapter or model.name_or_path)
+    image_first = data.image_first
+    if trained is not None:
+        image_first = trained.image_first
+        source = source if source.system else source.model_copy(update={"system": trained.system})
+    conversations = read_inputs(paths, question, data=data, source=source, console=console)
+    console.print(f"Loading {model.name_or_path}{f' with {model.adapter}' if model.adapter else ''}", markup=False, highlight=False)
+    loaded = load_model(model, data=data)
+    written = 0
+    with _opened(output) as out, task_progress(console) as report:
+        answers = answer_all(
+            loaded, conversations, settings, image_first=image_first, on_progress=lambda done, total: report("answers", done, total)
+        )
+        for record in answers:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.flush()
+            written += 1
+    return written
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[TextIO]:
+    if output is None:
+        yield sys.stdout
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{output} cannot be written: {error.strerror}. Give another place with --output.") from None
