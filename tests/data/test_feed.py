@@ -44,7 +44,8 @@ def make(samples, processor, **arguments):
 def same(a, b):
     """Whether two packed batches hold the same."""
     return all(
-        torch.equal(getattr(a, name), getattr(b, name)) for name in ("input_ids", "position_ids", "patches", "token", "weight", "predict_from")
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("input_ids", "position_ids", "patches", "token", "weight", "predict_from")
     )
 
 
@@ -148,7 +149,9 @@ def test_a_start_in_the_middle_gives_the_same_steps(samples, processor):
         assert all(same(x, y) for x, y in zip(a.packs, b.packs, strict=True))
 
 
-@pytest.mark.parametrize(("epochs", "max_steps", "steps"), [(1, None, 4), (2.5, None, 10), (0.3, None, 2), (0.01, None, 1), (1, 7, 7), (1 / 3 * 3, None, 4)])
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps"), [(1, None, 4), (2.5, None, 10), (0.3, None, 2), (0.01, None, 1), (1, 7, 7), (1 / 3 * 3, None, 4)]
+)
 def test_fractional_epochs(samples, processor, epochs, max_steps, steps):
     assert make(samples, processor).total_steps(epochs, max_steps) == steps
 
@@ -179,7 +182,9 @@ def test_an_image_that_cannot_be_opened_names_its_row(samples, processor, tmp_pa
     broken = tmp_path / "broken.png"
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(broken)
     broken.write_bytes(broken.read_bytes()[:40])
-    item = replace(samples[4].visual_items[0], part=replace(samples[4].visual_items[0].part, media=MediaRef(path=str(broken))), key="broken")
+    item = replace(
+        samples[4].visual_items[0], part=replace(samples[4].visual_items[0].part, media=MediaRef(path=str(broken))), key="broken"
+    )
     rows = [*samples[:4], replace(samples[4], visual_items=(item,))]
     feed = make(rows, processor, shuffle=False, num_workers=workers)
     stream = feed.steps(0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -333,6 +334,7 @@ class Feed:
             num_workers=min(self.num_workers, max(count, 1)),
             prefetch_factor=_PREFETCH_STEPS,
             pin_memory=self.pin_memory,
+            worker_init_fn=_leave_stopping_to_the_parent,
             # Its own generator: the loader would else draw from the one that dropout uses, and a resumed run would differ.
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -356,6 +358,12 @@ class Feed:
         return [self.plan(0, place * self.steps_per_epoch // count) for place in range(count)]
 
 
+def _leave_stopping_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group must not end workers while the training process finishes its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Positions(Dataset["_Wire"]):
     """Steps by their number in the run, for worker processes."""
 
@@ -366,7 +374,6 @@ class _Positions(Dataset["_Wire"]):
         return self.feed.steps_per_epoch
 
     def __getitem__(self, position: int) -> _Wire:
-        torch.set_num_threads(1)
         try:
             return _Wire.of(self.feed._at(position))
         except FinesightError as error:

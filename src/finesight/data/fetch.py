@@ -157,7 +157,7 @@ class _Http(urllib.request.HTTPHandler):
     def http_open(self, req: urllib.request.Request) -> Any:
         # A proxy is the user's own choice, and it is the proxy that connects to the host.
         allowed = req.has_proxy() or _names_private_host(urlsplit(req.full_url).hostname or "")
-        return self.do_open(functools.partial(_HttpConnection, private_allowed=allowed), req)  # type: ignore[arg-type]
+        return self.do_open(functools.partial(_HttpConnection, private_allowed=allowed), req)
 
 
 class _Https(urllib.request.HTTPSHandler):
@@ -168,4 +168,4 @@ class _Https(urllib.request.HTTPSHandler):
     def https_open(self, req: urllib.request.Request) -> Any:
         through_proxy = getattr(req, "_tunnel_host", None) is not None
         allowed = through_proxy or _names_private_host(urlsplit(req.full_url).hostname or "")
-        return self.do_open(functools.partial(_HttpsConnection, private_allowed=allowed), req, context=self._tls)  # type: ignore[arg-type]
+        return self.do_open(functools.partial(_HttpsConnection, private_allowed=allowed), req, context=self._tls)

@@ -80,8 +80,15 @@ class AttentionLayout(Movable):
         if steady:
             longest = [_power_of_two(length) for length in longest]
             empty = -len(query_lengths) % STEADY_SEGMENTS
-        cumulative = [_cumulative([*lengths, *[0] * empty]) for lengths in (query_lengths, key_lengths)]
-        return AttentionLayout(tuple(query_lengths), tuple(key_lengths), longest[0], longest[1], *cumulative, key_index)
+        return AttentionLayout(
+            query_lengths=tuple(query_lengths),
+            key_lengths=tuple(key_lengths),
+            max_queries=longest[0],
+            max_keys=longest[1],
+            cu_queries=_cumulative([*query_lengths, *[0] * empty]),
+            cu_keys=_cumulative([*key_lengths, *[0] * empty]),
+            key_index=key_index,
+        )
 
     @cached_property
     def shape_groups(self) -> tuple[tuple[int, int, torch.Tensor, torch.Tensor], ...]:
@@ -171,17 +178,14 @@ class _GridLayout:
 def _grid_layout(grid: Grid, shape: TowerShape) -> _GridLayout:
     merge = shape.merge_size
     # Patches come in blocks that will be merged: (block row, block column, row in block, column in block).
-    rows, columns = np.meshgrid(np.arange(grid.h), np.arange(grid.w), indexing="ij")
-    blocks = (grid.h // merge, merge, grid.w // merge, merge)
-    rows, columns = (axis.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1) for axis in (rows, columns))
-    taps, tap_weights = _bilinear_taps(rows, columns, grid, shape.positions_per_side or 1)
-    order, lengths = _windows(grid, merge, shape.window_tokens) if shape.window_tokens else (np.empty(0, np.int64), ())
+    raster = np.stack(np.meshgrid(np.arange(grid.h), np.arange(grid.w), indexing="ij"))
+    places = raster.reshape(2, grid.h // merge, merge, grid.w // merge, merge).transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+    taps, tap_weights = _bilinear_taps(places[:, 0], places[:, 1], grid, shape.positions_per_side or 1)
+    rotary = np.tile(places, (grid.t, 1))
+    order, lengths = np.empty(0, np.int64), ()
     if shape.window_tokens:  # rotary positions follow the order in which patches are computed
-        rows, columns = np.tile(rows, grid.t), np.tile(columns, grid.t)
-        rows, columns = (axis.reshape(-1, merge * merge)[order].reshape(-1) for axis in (rows, columns))
-        rotary = np.stack([rows, columns], axis=1)
-    else:
-        rotary = np.tile(np.stack([rows, columns], axis=1), (grid.t, 1))
+        order, lengths = _windows(grid, merge, shape.window_tokens)
+        rotary = rotary.reshape(-1, merge * merge, 2)[order].reshape(-1, 2)
     return _GridLayout(rotary, order, lengths, np.tile(taps, (grid.t, 1)), np.tile(tap_weights, (grid.t, 1)))
 
 

@@ -27,7 +27,7 @@ def activation_policy(setting: bool | str) -> ActivationPolicy:
     policy = {True: "full", False: "none"}.get(setting, setting) if isinstance(setting, bool) else setting
     if policy not in POLICIES:
         raise ValueError(f"{setting!r} is no activation policy; choose true, false or one of {', '.join(POLICIES)}")
-    return policy  # type: ignore[return-value]
+    return policy
 
 
 def selectively(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -122,9 +122,9 @@ class _Parked:
         self.fetch()
         if self._ready is not None:
             torch.cuda.current_stream(self.device).wait_event(self._ready)
-        hidden, self._fetched = self._fetched, None
-        if hidden is None:
+        if self._fetched is None:
             raise RuntimeError("a parked activation was asked for a third time")
+        hidden, self._fetched = self._fetched, None
         if self.below is not None:
             self.below.fetch()  # while this layer computes
             self.below = None

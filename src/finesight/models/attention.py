@@ -26,9 +26,9 @@ TOWER_ATTENTION = "finesight_forest_flash"
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    _HAS_VARLEN, _VARLEN_HAS_GQA = True, "enable_gqa" in inspect.signature(varlen_attn).parameters
 except ImportError:  # torch built without it
-    varlen_attn, _VARLEN_HAS_GQA = None, False
+    _HAS_VARLEN, _VARLEN_HAS_GQA = False, False
 
 
 def forest_attention(
@@ -57,7 +57,7 @@ def forest_attention(
 def supports_varlen(device: torch.device | str) -> bool:
     """Whether a device has variable-length attention: an NVIDIA GPU from Ampere on."""
     device = torch.device(device)
-    return varlen_attn is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return _HAS_VARLEN and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _runs_on_varlen(query: torch.Tensor) -> bool:
@@ -74,7 +74,8 @@ def _varlen_attention(
         else:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    return varlen_attn(query, key, value, layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys, **options)
+    out: Any = varlen_attn(query, key, value, layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys, **options)
+    return out
 
 
 def _grouped_attention(

@@ -1,0 +1,308 @@
+"""One run with its weights: model, optimizer, loop, and what is left at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from finesight.data.processor import Processor
+from finesight.errors import RecipeError
+from finesight.models.adapter_files import adapter_metadata, library_versions
+from finesight.models.adapters import apply_tuning, thinking_warning
+from finesight.models.load import LoadedModel, load_model
+from finesight.models.packed import PackedModel
+from finesight.models.parameters import ParameterCounts, count_parameters
+from finesight.recipe import Recipe, dump_recipe
+from finesight.sampling.transformers_sampler import TransformersSampler
+from finesight.sampling.types import SamplingSettings
+from finesight.training.checkpoint import checkpoint_path, write_folder
+from finesight.training.loop import Algorithm, StopReason, TrainingLoop
+from finesight.training.optimizer import StepOptimizer, group_part
+from finesight.training.prepare import Plan, Prepared
+from finesight.training.saving import RunSaver
+from finesight.training.sft import SupervisedFineTuning
+from finesight.training.state import TrainerState, data_fingerprint
+from finesight.training.telemetry import Telemetry, duration
+from finesight.training.trackers import LOGS, flat_settings, tracker_arguments
+from finesight.training.validation import HeldOutValidation
+from finesight.training.weights import save_weights, weights_folder
+
+RECIPE, RUN = "recipe.yaml", "run.json"
+
+
+@dataclass(eq=False)
+class RunResult:
+    """What a run left behind."""
+
+    output_dir: Path
+    weights_dir: Path  # the adapter or the whole model: final, or of the last checkpoint if the run was interrupted
+    history: list[dict[str, Any]] = field(repr=False)  # the lines of metrics.jsonl
+    state: TrainerState
+    stop_reason: StopReason
+    plan: Plan
+    parameters: ParameterCounts
+    model: PreTrainedModel | PeftModel = field(repr=False)  # as it is in memory at the end
+    processor: Processor = field(repr=False)
+
+    @property
+    def adapter_dir(self) -> Path | None:
+        """The adapter's folder; None after full tuning."""
+        return self.weights_dir if isinstance(self.model, PeftModel) else None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stop_reason == "interrupted"
+
+
+def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | None = None) -> Accelerator:
+    """Device, processes and trackers of a run. Weights keep the precision they are loaded in, so no autocast is on.
+
+    Args:
+        device: of a model that is loaded already; None: the GPU of this process, or the CPU.
+
+    Raises:
+        RecipeError: several processes without the same device kind as the model, or a tracker failed to start.
+    """
+    # accelerate keeps its state for the whole process; a second run in it may want other settings.
+    AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
+    # Rows without images leave the tower's parameters without gradients.
+    tower_trains = recipe.tuning.finetune_vision_layers or recipe.tuning.finetune_merger
+    return Accelerator(
+        cpu=(device.type == "cpu") if device is not None else not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=list(recipe.training.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / LOGS)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=tower_trains)],
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds all generators that dropout or libraries may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Session:
+    """Holds the parts of one run together.
+
+    Args:
+        prepared: rows and their encoding.
+        accelerator: of :func:`start_accelerator`.
+        loaded: a model in memory already; None: loaded as the recipe says.
+        console: for progress and notes; None: silent.
+        algorithm: what to do with a step.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        accelerator: Accelerator,
+        *,
+        loaded: LoadedModel | None = None,
+        console: Console | None = None,
+        algorithm: Algorithm | None = None,
+    ) -> None:
+        self.prepared, self.recipe, self.accelerator = prepared, prepared.recipe, accelerator
+        self.console = console if console is not None and accelerator.is_main_process else Console(quiet=True)
+        self.algorithm = algorithm or SupervisedFineTuning()
+        self.output_dir = Path(self.recipe.training.output_dir)
+        self.plan = prepared.plan()
+        self.begun = time.time()
+        # Adapters are drawn the same on all processes; what dropout draws afterwards differs between them.
+        self.loaded = loaded or self._load()
+        self.model = apply_tuning(self.loaded.model, self.recipe.tuning, self.loaded.family, self.recipe.training.seed)
+        self.parameters = count_parameters(self.model)
+        seed_everything(self.recipe.training.seed + accelerator.process_index)
+        self.packed = PackedModel(self.model, gradient_checkpointing=self.recipe.training.gradient_checkpointing)
+        self.wrapped = accelerator.prepare_model(self.packed)
+        self.optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
+        self._refuse_rows_that_train_nothing()
+        self.scaler = torch.amp.GradScaler(accelerator.device.type) if self.loaded.dtype == torch.float16 else None
+        self.metadata = adapter_metadata(self.recipe, prepared.processor)
+        self.fingerprint = data_fingerprint(prepared.samples)
+
+    def _load(self) -> LoadedModel:
+        self._say(f"Loading {self.recipe.model.name_or_path}")
+        going_on = self.recipe.model.adapter is not None
+        return load_model(self.recipe.model, data=self.recipe.data, device=self.accelerator.device, train_adapter=going_on)
+
+    def _refuse_rows_that_train_nothing(self) -> None:
+        """Where only tower and merger train, a pack of text alone has no gradient, for which other processes would wait."""
+        language_trains = any(group_part(name) == "language_model" for name in self.optimizer.names)
+        if language_trains or (self.accelerator.num_processes == 1 and self.loaded.dtype != torch.float16):
+            return
+        text = next((sample for sample in self.prepared.samples if not sample.visual_items), None)
+        if text is not None:
+            raise RecipeError(
+                f"{text.source} has no image, and only the tower and the merger train: such a row trains nothing. Remove rows of text, or set "
+                "tuning.finetune_language_layers: true."
+            )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def announce(self) -> None:
+        """Prints what trains and what the run will look like."""
+        warning = thinking_warning(self.recipe.model.name_or_path, self.prepared.processor.chat_template, self.prepared.conversations)
+        for note in (*self.prepared.notes, *([warning] if warning else [])):
+            self._say(f"Note: {note}")
+        self._say(str(self.parameters))
+        for line in self.plan.lines():
+            self._say(line)
+
+    def run(self, resume_from: Path | None = None) -> RunResult:
+        """Trains to the end, or to an interruption, and writes what is left.
+
+        Raises:
+            TrainingError, DataError, CheckpointError: see :class:`TrainingLoop`.
+        """
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / RECIPE).write_text(dump_recipe(self.recipe), encoding="utf-8")
+        self.announce()
+        saver = self._saver()
+        state = TrainerState()
+        if resume_from is not None:
+            state = saver.restore(resume_from)
+            self._say(f"Going on from {resume_from} (step {state.step} of {self.plan.total_steps})")
+        self._start_trackers()
+        with Telemetry(
+            self.output_dir,
+            total_steps=self.plan.total_steps,
+            start_step=state.step,
+            logging_steps=self.recipe.training.logging_steps,
+            console=self.console,
+            track=self.accelerator.log if self.recipe.training.report_to else None,
+            main_process=self.accelerator.is_main_process,
+        ) as telemetry:
+            saver.telemetry = telemetry
+            reason = self._loop(state, telemetry, saver).run()
+        return self._finish(state, reason, telemetry, saver)
+
+    def _saver(self) -> RunSaver:
+        return RunSaver(
+            output_dir=self.output_dir,
+            recipe=self.recipe,
+            fingerprint=self.fingerprint,
+            accelerator=self.accelerator,
+            model=self.model,
+            processor=self.prepared.processor,
+            metadata=self.metadata,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+        )
+
+    def _start_trackers(self) -> None:
+        report_to = self.recipe.training.report_to
+        if not report_to or not self.accelerator.is_main_process:
+            return
+        arguments = tracker_arguments(report_to, self.output_dir)
+        try:
+            self.accelerator.init_trackers("finesight", config=flat_settings(self.recipe), init_kwargs=arguments)
+        except Exception as error:  # each tracker has errors of its own
+            raise RecipeError(f"training.report_to: {', '.join(report_to)} could not be started: {error}") from error
+
+    def _loop(self, state: TrainerState, telemetry: Telemetry, saver: RunSaver) -> TrainingLoop:
+        processes: dict[str, Any] = {
+            "processes": self.accelerator.num_processes,
+            "process": self.accelerator.process_index,
+            "tower": self.packed.tower_shape,
+            "pin_memory": self.accelerator.device.type == "cuda",
+        }
+        validation = None
+        if self.prepared.held_out and self.recipe.training.eval_strategy != "no":
+            evaluation = self.recipe.evaluation
+            validation = HeldOutValidation(
+                accelerator=self.accelerator,
+                model=self.packed,
+                feed=self.prepared.held_out_feed(**processes),
+                conversations=self.prepared.held_out_conversations[: self.recipe.training.sample_answers],
+                sampler=TransformersSampler(self.model, self.prepared.processor, image_first=self.recipe.data.image_first),
+                sampling=SamplingSettings(
+                    max_completion_length=evaluation.max_completion_length,
+                    temperature=evaluation.temperature,
+                    batch_size=evaluation.batch_size,
+                ),
+                output_dir=self.output_dir,
+            )
+        return TrainingLoop(
+            accelerator=self.accelerator,
+            model=self.wrapped,
+            algorithm=self.algorithm,
+            source=self.prepared.feed(**processes),
+            optimizer=self.optimizer,
+            settings=self.recipe.training,
+            total_steps=self.plan.total_steps,
+            state=state,
+            telemetry=telemetry,
+            validation=validation,
+            saver=saver,
+            scaler=self.scaler,
+        )
+
+    def _finish(self, state: TrainerState, reason: StopReason, telemetry: Telemetry, saver: RunSaver) -> RunResult:
+        name = weights_folder(self.model)
+        if reason == "interrupted":
+            weights_dir = checkpoint_path(self.output_dir, state.step) / name
+        else:
+            if self.recipe.training.load_best_model_at_end and saver.restore_best(state):
+                self._say(f"Weights of step {state.best_step}, held-out loss {state.best_metric:.4f}")
+            weights_dir = self.output_dir / name
+            if self.accelerator.is_main_process:
+                write_folder(weights_dir, self._fill)
+        self.model.eval()
+        if self.accelerator.is_main_process:
+            self._write_run(state, reason)
+        if self.recipe.training.report_to:
+            self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()
+        self._say(f"{state.step:,} steps in {duration(state.seconds)}; weights: {weights_dir}")
+        return RunResult(
+            output_dir=self.output_dir,
+            weights_dir=weights_dir,
+            history=telemetry.history,
+            state=state,
+            stop_reason=reason,
+            plan=self.plan,
+            parameters=self.parameters,
+            model=self.model,
+            processor=self.prepared.processor,
+        )
+
+    def _fill(self, folder: Path) -> None:
+        save_weights(self.model, folder, self.metadata, self.prepared.processor)
+        (folder / RECIPE).write_text(dump_recipe(self.recipe), encoding="utf-8")
+
+    def _write_run(self, state: TrainerState, reason: StopReason) -> None:
+        """Writes `run.json`: what ran where, with which versions, and how it ended."""
+        device = self.accelerator.device
+        content = {
+            "stop_reason": reason,
+            "state": state.to_json(),
+            "plan": asdict(self.plan),
+            "parameters": {"trainable": self.parameters.trainable, "total": self.parameters.total},
+            "data_fingerprint": self.fingerprint,
+            "bad_rows": len(self.prepared.bad_rows),
+            "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.begun)),
+            "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": self.accelerator.num_processes,
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "versions": library_versions(),
+        }
+        (self.output_dir / RUN).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

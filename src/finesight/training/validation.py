@@ -1,0 +1,120 @@
+"""What is measured on held-out rows while training: the loss, and a few answers with their images."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from finesight.data.conversation import Conversation, Part
+from finesight.data.feed import Feed
+from finesight.data.media import open_image, read_frames
+from finesight.errors import MediaError
+from finesight.models.packed import PackedModel
+from finesight.sampling.types import Sampler, SamplingSettings
+from finesight.training.losses import sft_loss
+
+SAMPLES = "samples"
+THUMBNAIL_PIXELS = 256  # longest side
+
+
+class HeldOutValidation:
+    """Held-out loss in packed form, and sample answers.
+
+    Args:
+        model: the module that trains, not wrapped for several processes.
+        feed: held-out samples, not shuffled.
+        conversations: held-out rows to answer at each measurement; empty: none.
+        sampler: answers them.
+        sampling: how.
+        output_dir: answers go to `samples/step-N.jsonl` in it, thumbnails beside them.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: PackedModel,
+        feed: Feed,
+        conversations: Sequence[Conversation] = (),
+        sampler: Sampler | None = None,
+        sampling: SamplingSettings | None = None,
+        output_dir: Path,
+    ) -> None:
+        self.accelerator, self.model, self.feed = accelerator, model, feed
+        self.conversations, self.sampler, self.sampling = conversations, sampler, sampling or SamplingSettings()
+        self.output_dir = output_dir
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Loss (mean over supervised tokens, weighted as in training) and what it was measured on.
+
+        Draws nothing from the generators that training uses.
+        """
+        begun = time.perf_counter()
+        values = {"eval_loss": self.loss(), "eval_samples": len(self.feed.samples)}
+        if self.conversations and self.sampler is not None and self.accelerator.is_main_process:
+            self.write_answers(step, self.sampler)
+        self.accelerator.wait_for_everyone()
+        return {**values, "eval_seconds": time.perf_counter() - begun}
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean negative log-likelihood of the held-out targets."""
+        device = self.accelerator.device
+        training = self.model.training
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        weight = 0.0
+        for step in self.feed.steps(0):
+            weight += step.target_weight
+            for batch in step.packs:
+                batch = batch.to(device, non_blocking=True)
+                total += sft_loss(self.model(batch), batch.weight, 1.0)
+        self.model.train(training)
+        return float(self.accelerator.reduce(total, reduction="sum")) / weight
+
+    def write_answers(self, step: int, sampler: Sampler) -> Path:
+        """Answers the sample rows and writes them with what was expected; returns the file."""
+        completions = sampler.generate([conversation.prompt() for conversation in self.conversations], self.sampling)
+        folder = self.output_dir / SAMPLES
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{step}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for number, (conversation, completion) in enumerate(zip(self.conversations, completions, strict=True)):
+                record = {
+                    "step": step,
+                    "row": str(conversation.source),
+                    "prompt": [{"role": turn.role, "text": turn.text} for turn in conversation.prompt().turns],
+                    "images": self._thumbnails(folder, number, conversation),
+                    "answer": completion.text,
+                    "expected": conversation.answer,
+                    "finish_reason": completion.finish_reason,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        return path
+
+    def _thumbnails(self, folder: Path, number: int, conversation: Conversation) -> list[str]:
+        """Names of small PNG files of the prompt's images (of a video: its first frame), written once."""
+        names = []
+        for place, part in enumerate(conversation.prompt().media):
+            name = f"sample-{number}-{place}.png"
+            if not (folder / name).exists():
+                image = _first_picture(part)
+                image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+                image.save(folder / name)
+            names.append(name)
+        return names
+
+
+def _first_picture(part: Part) -> Image.Image:
+    media: Any = part.media
+    if media is None:
+        raise MediaError(f"A part of type {part.type} names no file. Check the row's images.")
+    picture = open_image(media) if part.type == "image" else read_frames(media, [0])[0]
+    return picture.copy()

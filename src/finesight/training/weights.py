@@ -1,0 +1,110 @@
+"""Model weights in a checkpoint: an adapter as peft writes it, or a whole model as transformers does.
+
+Either folder can be used by itself, by this project and by others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from finesight.data.processor import Processor
+from finesight.errors import CheckpointError
+from finesight.models.adapter_files import ADAPTER_WEIGHTS, METADATA, AdapterMetadata, save_adapter
+
+ADAPTER, MODEL = "adapter", "model"
+
+
+def weights_folder(model: torch.nn.Module) -> str:
+    """Name of the folder that a model's weights are kept in."""
+    return ADAPTER if isinstance(model, PeftModel) else MODEL
+
+
+def save_weights(model: PreTrainedModel | PeftModel, folder: Path, metadata: AdapterMetadata, processor: Processor) -> None:
+    """Writes the adapter, or the whole model with its processor, and what it was trained under (`finesight.json`)."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, metadata)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _without_bars():
+        model.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
+    limits = processor.video_limits
+    size = {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
+    _write_json(folder / "video_preprocessor_config.json", {"size": size})
+    _write_json(folder / METADATA, {"format": 1, **asdict(metadata)})
+
+
+def restore_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Sets the weights of a model of the same kind to those that :func:`save_weights` wrote, bit for bit.
+
+    Raises:
+        CheckpointError: the files are unreadable or belong to another model.
+    """
+    if isinstance(model, PeftModel):
+        _restore_adapter(model, folder)
+    else:
+        _restore_model(model, folder)
+
+
+def _restore_adapter(model: PeftModel, folder: Path) -> None:
+    try:
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} cannot be read ({error}). Use another checkpoint.") from None
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    differing = set(own) ^ set(weights) or {name for name in own if own[name].shape != weights[name].shape}
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds another adapter than this run trains (differs in {sorted(differing)[0]}). Use another checkpoint."
+        )
+    set_peft_model_state_dict(model, weights)
+
+
+@torch.no_grad()
+def _restore_model(model: PreTrainedModel, folder: Path) -> None:
+    try:
+        # On the CPU and by transformers' own names: files may be divided and named otherwise than modules are.
+        with _without_bars():
+            saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({str(error).splitlines()[0]}). Use another checkpoint.") from None
+    weights = dict(cast(torch.nn.Module, saved).named_parameters())
+    own = dict(model.named_parameters())
+    differing = set(own) ^ set(weights) or {name for name in own if own[name].shape != weights[name].shape}
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds another model than this run trains (differs in {sorted(differing)[0]}). Use another checkpoint."
+        )
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' progress bars would tear the live view of a run."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

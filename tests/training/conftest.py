@@ -1,0 +1,22 @@
+"""Checkpoints and rows that many tests of training share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tiny import tiny_checkpoint
+from tiny_runs import write_rows
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL checkpoint folder."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "qwen3_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine rows: two questions about each of four images, and one of text alone."""
+    return write_rows(tmp_path_factory.mktemp("rows"))

@@ -1,0 +1,127 @@
+"""Two processes train as one does (gloo, CPU)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finesight.recipe import Recipe, dump_recipe
+from finesight.training.run import train
+from finesight.training.telemetry import read_metrics
+from tiny_runs import tiny_recipe
+
+_SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+from finesight.recipe import load_recipe
+from finesight.training.run import train
+for recipe in {recipes!r}:
+    train(load_recipe(recipe))
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch(recipes: list[Recipe], folder: Path, processes: int = 2) -> list[subprocess.Popen[str]]:
+    """Starts the processes that train these recipes one after another."""
+    files = []
+    for number, recipe in enumerate(recipes):
+        files.append(str(folder / f"recipe-{number}.yaml"))
+        Path(files[-1]).write_text(dump_recipe(recipe))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = _SCRIPT.format(path=[p for p in sys.path if p], recipes=files)
+    shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def finish(started: list[subprocess.Popen[str]]) -> None:
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=90)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoint, rows, tmp_path_factory):
+    """Runs by two processes and by one: an adapter over the tower too (rows of text leave it out); bfloat16 masters; one that is stopped."""
+    folder = tmp_path_factory.mktemp("distributed")
+    steps = {"num_train_epochs": 1.4, "adam_epsilon": 1.0, "learning_rate": 0.2, "save_strategy": "no", "token_budget": 200}
+
+    def lora(name):
+        return tiny_recipe(
+            checkpoint, rows, folder / f"lora-{name}", tuning={"finetune_vision_layers": True}, data={"eval_split": str(rows)},
+            training={**steps, "eval_strategy": "epoch"},
+        )  # fmt: skip
+
+    def masters(name):
+        return tiny_recipe(
+            checkpoint, rows, folder / f"masters-{name}", model={"dtype": "bfloat16"}, tuning={"method": "full"},
+            training={**steps, "adam_epsilon": 1e-2, "learning_rate": 1e-3, "max_steps": 2},
+        )  # fmt: skip
+
+    endless = tiny_recipe(checkpoint, rows, folder / "endless", training={"num_train_epochs": 1000, "save_strategy": "no"})
+    started = launch([lora("two"), masters("two"), endless], folder)
+    metrics = folder / "endless" / "metrics.jsonl"
+    for _ in range(900):
+        if any(process.poll() is not None for process in started) or (metrics.exists() and metrics.stat().st_size > 0):
+            break
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)
+    finish(started)
+    return {
+        "lora": (train(lora("one")), folder / "lora-two"),
+        "masters": (train(masters("one")), folder / "masters-two"),
+        "endless": folder / "endless",
+    }
+
+
+def test_two_processes_equal_one(cases):
+    one, two = cases["lora"]
+    assert one.state.step == 5 and one.plan.num_samples == 9  # the third step has one sample: a process repeats it without weight
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one.weights_dir, two / "adapter"))
+    worst = max(((a[n] - b[n]).norm() / a[n].norm().clamp(min=1e-12)).item() for n in a)
+    assert worst < 2e-6, worst
+    theirs = read_metrics(two / "metrics.jsonl")
+    assert len(theirs) == len(one.history)  # one process writes
+    for mine, other in zip(one.history, theirs, strict=True):
+        assert mine["step"] == other["step"]
+        for name in ("loss", "eval_loss", "grad_norm"):
+            if name in mine:
+                assert other[name] == pytest.approx(mine[name], rel=1e-5)
+
+
+def test_masters_of_two_processes_follow_one(cases):
+    """bfloat16 gradients are averaged by pack, so only about equal."""
+    one, two = cases["masters"]
+    a, b = (load_file(folder / "model.safetensors") for folder in (one.weights_dir, two / "model"))
+    assert {t.dtype for t in b.values()} == {torch.bfloat16}
+    assert max(((a[n] - b[n]).float().norm() / a[n].float().norm()).item() for n in a) < 5e-3
+    for mine, other in zip(one.history, read_metrics(two / "metrics.jsonl"), strict=True):
+        assert other["loss"] == pytest.approx(mine["loss"], rel=1e-2)
+
+
+def test_a_signal_to_one_process_stops_both(cases):
+    """The processes of the fixture ended by themselves after SIGTERM to the second one; a checkpoint of both was left."""
+    last = read_metrics(cases["endless"] / "metrics.jsonl")[-1]["step"]
+    assert last < 3000 and (cases["endless"] / f"checkpoint-{last}" / "random-1.json").is_file()

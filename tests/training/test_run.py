@@ -1,0 +1,221 @@
+"""Whole runs: what is left on the disk, going on from an adapter, the Python API."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from finesight.errors import CheckpointError, DataError, RecipeError
+from finesight.models.adapter_files import read_metadata
+from finesight.models.load import load
+from finesight.recipe import load_recipe
+from finesight.training.checkpoint import verify_checkpoint
+from finesight.training.run import SFTTrainer, train
+from finesight.training.telemetry import read_metrics
+from tiny import tiny_checkpoint
+from tiny_runs import MAX_PIXELS, MIN_PIXELS, tiny_recipe, write_rows
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, rows, tmp_path_factory):
+    """A run of an adapter, and what it printed."""
+    out = io.StringIO()
+    output_dir = tmp_path_factory.mktemp("runs") / "lora"
+    recipe = tiny_recipe(checkpoint, rows, output_dir, training={"num_train_epochs": 2, "logging_steps": 2})
+    return recipe, train(recipe, console=Console(file=out, width=300)), out.getvalue()
+
+
+def test_what_a_run_leaves(finished):
+    recipe, result, _ = finished
+    assert result.adapter_dir == result.weights_dir == Path(recipe.training.output_dir) / "adapter"
+    verify_checkpoint(result.adapter_dir)
+    assert {p.name for p in result.adapter_dir.iterdir()} >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "finesight.json",
+        "recipe.yaml",
+    }
+    metadata = read_metadata(result.adapter_dir)
+    assert (metadata.min_pixels, metadata.max_pixels, metadata.family) == (MIN_PIXELS, MAX_PIXELS, "qwen3_vl")
+    assert load_recipe(result.output_dir / "recipe.yaml") == recipe
+    run = json.loads((result.output_dir / "run.json").read_text())
+    assert run["stop_reason"] == "finished" and torch.__version__.startswith(run["versions"]["torch"]) and run["state"]["step"] == 6
+    assert (
+        [line["step"] for line in read_metrics(result.output_dir / "metrics.jsonl")]
+        == [2, 4, 6]
+        == [line["step"] for line in result.history]
+    )
+
+
+def test_what_a_run_prints(finished):
+    _, result, printed = finished
+    assert "5,568 of 184,704 parameters train" in printed
+    assert "6 steps of 4 samples (2 epochs of 3 steps)" in printed and "sharing ratio" in printed
+    assert f"saved {result.output_dir / 'checkpoint-6'}" in printed and f"weights: {result.adapter_dir}" in printed
+
+
+def test_the_adapter_loads_and_answers_like_the_model_in_memory(finished, checkpoint):
+    _, result, _ = finished
+    loaded = load(checkpoint, result.adapter_dir)
+    assert loaded.processor.image_limits.max_pixels == MAX_PIXELS
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(input_ids=ids).logits, result.model(input_ids=ids).logits)
+
+
+def test_going_on_from_an_adapter(finished, checkpoint, rows, tmp_path):
+    _, first, _ = finished
+    recipe = tiny_recipe(
+        checkpoint,
+        rows,
+        tmp_path / "more",
+        model={"adapter": str(first.adapter_dir)},
+        tuning={"r": 99},
+        training={"max_steps": 1, "learning_rate": 1e-3},
+    )
+    second = train(recipe)
+    a, b = (load_file(result.adapter_dir / "adapter_model.safetensors") for result in (first, second))
+    assert a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)  # its own rank, not 99
+    moved = max((a[name] - b[name]).abs().max().item() for name in a)
+    assert 0 < moved < 2e-3  # one small step away from where the first run ended
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_full_tuning_leaves_a_checkpoint_that_loads(rows, tmp_path, family):
+    base = tiny_checkpoint(tmp_path / "base", family)
+    recipe = tiny_recipe(
+        base, rows, tmp_path / "run", tuning={"method": "full", "finetune_merger": True}, training={"max_steps": 2, "learning_rate": 1e-3}
+    )
+    result = train(recipe)
+    assert result.adapter_dir is None and result.weights_dir == tmp_path / "run" / "model"
+    again = load(result.weights_dir)
+    own = dict(result.model.named_parameters())
+    assert all(torch.equal(parameter, own[name]) for name, parameter in again.model.named_parameters())
+    before = dict(load(base).model.named_parameters())
+    moved = {
+        name.split(".")[1] if "merger" not in name else "merger"
+        for name, p in again.model.named_parameters()
+        if not torch.equal(p, before[name])
+    }
+    assert moved == {"language_model", "merger", "weight"}  # lm_head.weight; the tower stayed
+    assert read_metadata(result.weights_dir).max_pixels == MAX_PIXELS
+    # The model of one run is the base of the next.
+    assert train(tiny_recipe(result.weights_dir, rows, tmp_path / "next", training={"max_steps": 1})).state.step == 1
+
+
+def test_tensorboard_gets_the_figures(checkpoint, rows, tmp_path):
+    train(tiny_recipe(checkpoint, rows, tmp_path / "run", training={"max_steps": 2, "report_to": "tensorboard"}))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(tmp_path / "run" / "logs" / "finesight"))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("train/loss")] == [1, 2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_missing_tracker_is_refused_before_anything_else(checkpoint, rows, tmp_path):
+    with pytest.raises(RecipeError, match="wandb is not installed"):
+        train(tiny_recipe(checkpoint, rows, tmp_path / "run", training={"report_to": "wandb"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_adapter_of_another_run_is_not_overwritten(finished):
+    recipe, _, _ = finished
+    with pytest.raises(CheckpointError, match="earlier run"):
+        train(recipe)
+    quiet = recipe.model_copy(update={"training": recipe.training.model_copy(update={"save_strategy": "no"})})
+    with pytest.raises(CheckpointError, match="earlier run"):
+        train(quiet)
+
+
+SETTINGS = dict(r=4, lora_alpha=8, dtype="float32", min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, train_batch_size=4, learning_rate=1e-2)
+
+
+def silent() -> Console:
+    return Console(quiet=True)
+
+
+def test_trainer_takes_the_same_path_as_a_recipe(finished, checkpoint, rows, tmp_path):
+    _, result, _ = finished
+    trainer = SFTTrainer(
+        checkpoint, train_dataset=rows, output_dir=tmp_path / "run", token_budget=256, num_train_epochs=2, console=silent(), **SETTINGS
+    )
+    own = trainer.train()
+    a, b = (load_file(r.adapter_dir / "adapter_model.safetensors") for r in (result, own))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert trainer.model is own.model and trainer.processor.image_limits.max_pixels == MAX_PIXELS
+
+
+def test_trainer_takes_dicts_with_pictures_and_a_loaded_model(checkpoint, tmp_path):
+    picture = Image.new("RGB", (48, 40), (200, 10, 10))
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "colour?"}]}, {"role": "assistant", "content": "red"}],
+           "images": [picture]}  # fmt: skip
+    loaded = load(checkpoint, dtype="float32")
+    trainer = SFTTrainer(
+        loaded,
+        train_dataset=[row] * 5,
+        eval_dataset=[row],
+        eval_strategy="epoch",
+        output_dir=tmp_path / "run",
+        console=silent(),
+        **SETTINGS,
+    )
+    result = trainer.train()
+    assert result.state.step == 2 and result.state.best_metric is not None
+    assert trainer.processor.image_limits.max_pixels == MAX_PIXELS  # the setting counts for a loaded model too
+
+
+def test_trainer_takes_a_datasets_dataset(checkpoint, tmp_path):
+    import datasets
+
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(6)]
+    trainer = SFTTrainer(
+        str(checkpoint), train_dataset=datasets.Dataset.from_list(rows), output_dir=tmp_path / "run", console=silent(), **SETTINGS
+    )
+    assert trainer.train().plan.num_samples == 6
+
+
+def test_trainer_starts_from_a_recipe_and_settings_go_before_it(checkpoint, rows, tmp_path):
+    trainer = SFTTrainer(recipe=tiny_recipe(checkpoint, rows, tmp_path / "run"), r=2, seed=9, console=silent())
+    assert (trainer.recipe.tuning.r, trainer.recipe.tuning.lora_alpha, trainer.recipe.training.seed) == (2, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1}, "learning_rate"),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, "train_batch_size: 8"),
+        ({"eval_strategy": "epoch"}, "eval_split"),
+    ],
+)
+def test_trainer_refuses_unknown_settings_with_the_equivalent(checkpoint, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        SFTTrainer(checkpoint, train_dataset=[], console=silent(), **settings)
+
+
+def test_trainer_refuses_rows_that_are_none(checkpoint, tmp_path):
+    with pytest.raises(DataError, match="no rows"):
+        SFTTrainer(checkpoint, train_dataset=[], output_dir=tmp_path / "a", console=silent()).train()
+    with pytest.raises(DataError, match="not int"):
+        SFTTrainer(checkpoint, train_dataset=[1], output_dir=tmp_path / "b", console=silent()).train()
+
+
+def test_a_video_of_given_frames_goes_the_whole_way(checkpoint, tmp_path):
+    folder = tmp_path / "frames"
+    path = write_rows(folder, images=4, questions=1, text_rows=0)
+    frames = [f"image-{i}.png" for i in range(4)]
+    for name in frames:
+        Image.open(folder / name).resize((48, 40)).save(folder / name)
+    row = {"messages": [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "read the number"}]},
+                        {"role": "assistant", "content": "the value"}]}  # fmt: skip
+    path.write_text(json.dumps(row) + "\n")
+    recipe = tiny_recipe(checkpoint, path, tmp_path / "run", data={"video_min_pixels": MIN_PIXELS, "video_max_pixels": 4 * MAX_PIXELS})
+    assert train(recipe).state.num_samples == 1
