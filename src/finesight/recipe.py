@@ -89,7 +89,9 @@ class SourceSettings(Settings):
         None, description="For tables: template of the user turn, {column} is replaced, e.g. '{query}\\nAnswer briefly.'"
     )
     formatter: str | None = Field(None, description="module:function from a row (dict) to a messages-style dict.")
-    media_dir: str | None = Field(None, description="Second folder that image paths are resolved against; it may stand for the folders that they begin with.")
+    media_dir: str | None = Field(
+        None, description="Second folder that image paths are resolved against; it may stand for the folders that they begin with."
+    )
     weight_column: str | None = Field(None, description="Column with the weight of the sample, for formats other than tables.")
     system: str | None = Field(None, description="System prompt for rows that have none.")
 
@@ -165,7 +167,21 @@ class TrainingSettings(Settings):
     adam_epsilon: float = Field(1e-8, gt=0, description="Term added to the denominator of Adam.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay, on matrices only.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never.")
-    gradient_checkpointing: bool = Field(True, description="Recompute layers in the backward pass to save memory.")
+    gradient_checkpointing: bool | Literal["selective", "full", "offload"] = Field(
+        True,
+        description="What is kept of a layer for its backward pass. false: everything, fastest; selective: matrix products; true or full: "
+        "its input, the layer is computed again; offload: its input, in host memory.",
+    )
+    torch_compile: Literal["auto"] | bool = Field(
+        "auto", description="Compile the layers; auto: on GPUs from Ampere on, for runs long enough to repay it."
+    )
+    feature_cache_gib: Literal["auto"] | float = Field(
+        "auto",
+        description="Main memory for features of a frozen tower, used again in later epochs; auto: on a GPU, a quarter of what is free; 0: off.",
+    )
+    feature_cache_dir: str | None = Field(
+        None, description="Folder for features beyond that, kept between runs; none: they are computed again."
+    )
     seed: int = Field(3407, ge=0, description="Seed of adapters and dropout.")
     data_seed: int | None = Field(None, ge=0, description="Seed of the order of samples; none: seed.")
     shuffle: bool = Field(True, description="New order each epoch.")
@@ -197,6 +213,13 @@ class TrainingSettings(Settings):
     def _yaml_no(cls, value: Any) -> Any:
         """YAML 1.1 reads a bare `no` as false."""
         return "no" if value is False else value
+
+    @field_validator("feature_cache_gib", mode="after")
+    @classmethod
+    def _no_negative_memory(cls, value: Any) -> Any:
+        if value != "auto" and value < 0:
+            raise ValueError("must not be negative; 0 switches it off")
+        return value
 
     @model_validator(mode="before")
     @classmethod

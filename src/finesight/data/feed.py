@@ -196,6 +196,38 @@ def leading_media(sample: Sample) -> str | None:
     return hashlib.blake2b(before.tobytes() + item.key.encode(), digest_size=16).hexdigest()
 
 
+class StoredItems:
+    """Which images and videos have their features kept, told to worker processes through shared memory.
+
+    Args:
+        samples: all that a feed may hand out.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        keys = dict.fromkeys(item.key for sample in samples for item in sample.visual_items)
+        self._places = {key: place for place, key in enumerate(keys)}
+        self._flags = torch.zeros(len(keys), dtype=torch.uint8).share_memory_()
+
+    def __contains__(self, key: object) -> bool:
+        place = self._places.get(key)  # type: ignore[call-overload]
+        return place is not None and bool(self._flags[place])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every image and video of the samples."""
+        return tuple(self._places)
+
+    def add(self, key: str) -> None:
+        """Marks an item as kept; one that no sample of the feed has is passed over."""
+        if key in self._places:
+            self._flags[self._places[key]] = 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every item is kept."""
+        return bool(self._flags.all())
+
+
 class Feed:
     """Optimizer steps from samples.
 
@@ -211,6 +243,8 @@ class Feed:
         processes: how many processes train together.
         process: which of them this is.
         tower: lay out the tower's attention ahead of the forward pass.
+        steady_tokens: fill packs up to a multiple of so many tokens, so that compiled code meets few shapes.
+        stored: images and videos whose features are kept, so that their pixels need not be opened.
         pin_memory: hand over pixels in page-locked memory (with workers only).
 
     Raises:
@@ -231,6 +265,8 @@ class Feed:
         processes: int = 1,
         process: int = 0,
         tower: TowerShape | None = None,
+        steady_tokens: int | None = None,
+        stored: StoredItems | None = None,
         pin_memory: bool = False,
     ) -> None:
         if not samples:
@@ -241,7 +277,7 @@ class Feed:
         self.shuffle, self.seed = shuffle, seed
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.processes, self.process = processes, process
-        self.tower = tower
+        self.tower, self.steady_tokens, self.stored = tower, steady_tokens, stored
         self._groups = [leading_media(sample) for sample in samples] if shuffle else [None] * len(samples)
         self._composed: tuple[int, list[list[int]]] | None = None
 
@@ -279,7 +315,13 @@ class Feed:
         packs, rows = [], []
         for number in plan.deal[self.process]:
             chosen = plan.plans[smallest if number is None else number]
-            pack = chosen.build(patches_of, self.processor.layout.merge_size, tower=self.tower)
+            pack = chosen.build(
+                patches_of,
+                self.processor.layout.merge_size,
+                tower=self.tower,
+                length=None if self.steady_tokens is None else math.ceil(chosen.num_tokens / self.steady_tokens) * self.steady_tokens,
+                stored=self.stored or frozenset(),
+            )
             packs.append(pack.without_weight() if number is None else pack)
             rows.append(tuple(sample.source for sample in chosen.samples))
         return Step(

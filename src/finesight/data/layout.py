@@ -182,7 +182,8 @@ def _grid_layout(grid: Grid, shape: TowerShape) -> _GridLayout:
     places = raster.reshape(2, grid.h // merge, merge, grid.w // merge, merge).transpose(1, 3, 2, 4, 0).reshape(-1, 2)
     taps, tap_weights = _bilinear_taps(places[:, 0], places[:, 1], grid, shape.positions_per_side or 1)
     rotary = np.tile(places, (grid.t, 1))
-    order, lengths = np.empty(0, np.int64), ()
+    order: np.ndarray = np.empty(0, np.int64)
+    lengths: tuple[int, ...] = ()
     if shape.window_tokens:  # rotary positions follow the order in which patches are computed
         order, lengths = _windows(grid, merge, shape.window_tokens)
         rotary = rotary.reshape(-1, merge * merge, 2)[order].reshape(-1, 2)

@@ -46,6 +46,11 @@ class Processor:
     fps: float = 2.0  # frames sampled a second of video
     max_frames: int = 768
 
+    def pixel_identity(self) -> tuple[object, ...]:
+        """What patches depend on besides the pixels of an image and its resized size."""
+        p = self.image_processor
+        return (self.family.model_type, self.layout, p.resample, p.do_rescale, p.rescale_factor, p.do_normalize, p.image_mean, p.image_std)
+
 
 def load_processor(
     name_or_path: str | Path, *, data: DataSettings | None = None, hub: Hub = "huggingface", revision: str | None = None

@@ -10,7 +10,7 @@ An entry is all that an image gives: (1 + DeepStack levels, visual tokens, hidde
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,13 +69,16 @@ class FeatureCache:
         fingerprint: of the tower; part of every file name, so that another tower's features are never met.
         budget_bytes: of main memory.
         folder: where entries past the budget go; None: they are not kept.
+        on_kept: is told the key of each entry once it is kept.
 
     Raises:
         ModelError: the folder cannot be written.
     """
 
-    def __init__(self, fingerprint: str, *, budget_bytes: int, folder: Path | None = None) -> None:
-        self.fingerprint, self.budget_bytes = fingerprint, budget_bytes
+    def __init__(
+        self, fingerprint: str, *, budget_bytes: int, folder: Path | None = None, on_kept: Callable[[str], None] = lambda key: None
+    ) -> None:
+        self.fingerprint, self.budget_bytes, self.on_kept = fingerprint, budget_bytes, on_kept
         self.folder = folder / fingerprint if folder is not None else None
         self.figures = CacheFigures()
         self._memory: dict[str, torch.Tensor] = {}
@@ -137,6 +140,7 @@ class FeatureCache:
                 self.figures.refused += 1
                 continue
             self.figures.entries += 1
+            self.on_kept(key)
 
     def prefetch(self, batch: PackedBatch, device: torch.device) -> Future[PackedBatch]:
         """Starts bringing the features that a batch expects to the device; the result is the batch with them.
@@ -186,8 +190,9 @@ class FeatureCache:
             future.result()
         self._storing = []
 
-    def holds_all(self, keys: Iterable[str]) -> bool:
-        return all(key in self for key in keys)
+    def known(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys whose features are kept."""
+        return [key for key in keys if key in self]
 
     def close(self) -> None:
         """Lets go of the thread and of what is kept in memory."""

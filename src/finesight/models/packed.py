@@ -6,6 +6,7 @@ computes passes through :meth:`PackedModel.forward`, so that DDP, FSDP2 and comp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from finesight.data.pack import PackedBatch
 from finesight.errors import ModelError
 from finesight.models.activations import Offload, activation_policy, selectively
 from finesight.models.attention import forest_attention, use_forest_attention_in_tower
+from finesight.models.compilation import CompiledFunction
 from finesight.models.features import FeatureCache
 from finesight.models.linear import accumulate_adapters, project
 from finesight.models.logprobs import target_logprobs
@@ -34,11 +36,17 @@ class PackedModel(nn.Module):
         model: Qwen2.5-VL, Qwen3-VL or Qwen3-VL-MoE for conditional generation, or a peft model around one.
         gradient_checkpointing: what is kept of a layer for its backward pass: true for the policy full, false for none,
             or the name of a policy (see `activations.py`).
-        compile_layers: compile the decoder layer and the tower block; wants batches built to a steady length.
+        compile_layers: compile the decoder layer and the tower block.
+        say: is told if that fails; the model then runs uncompiled.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, *, gradient_checkpointing: bool | str = False, compile_layers: bool = False
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        gradient_checkpointing: bool | str = False,
+        compile_layers: bool = False,
+        say: Callable[[str], None] = warnings.warn,
     ) -> None:
         super().__init__()
         self.model = model
@@ -53,8 +61,8 @@ class PackedModel(nn.Module):
         self.feature_cache: FeatureCache | None = None  # kept features of a frozen tower; set by whoever owns the budget
         self._offload = Offload()
         layer, block = (selectively(run_layer), selectively(run_block)) if self.policy == "selective" else (run_layer, run_block)
-        self._run_layer = torch.compile(layer, dynamic=False) if compile_layers else layer
-        self._run_block = torch.compile(block, dynamic=True) if compile_layers else block
+        self._run_layer = CompiledFunction(layer, say) if compile_layers else layer
+        self._run_block = CompiledFunction(block, say) if compile_layers else block
 
     @property
     def base(self) -> PreTrainedModel:

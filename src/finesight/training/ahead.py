@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -30,6 +31,8 @@ class StepsAhead:
         self._next: Step | None = None
         self._first: _Moving | None = None
         self._ended = False
+        self._error: Exception | None = None
+        self._waited_s = 0.0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> StepsAhead:
@@ -37,20 +40,38 @@ class StepsAhead:
 
     def __next__(self) -> Step:
         self.prefetch()
+        if self._error is not None:
+            raise self._error
         if self._next is None:
             raise StopIteration
         step, self._next = self._next, None
         return step
 
     def prefetch(self) -> None:
-        """Gets the next step, if there is one and it is not here yet, and starts moving its first pack."""
+        """Gets the next step, if there is one and it is not here yet, and starts moving its first pack.
+
+        What goes wrong is raised when that step is taken: the step before it is not to suffer for it.
+        """
         if self._next is not None or self._ended:
             return
-        self._next = next(self._steps, None)
+        begun = time.perf_counter()
+        busy = torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
+        try:
+            self._next = next(self._steps, None)
+        except Exception as error:
+            self._error, self._ended = error, True
+            return
+        if busy is None or busy.query():  # the device ran out of work while the host waited for the feed
+            self._waited_s += time.perf_counter() - begun
         if self._next is None:
             self._ended = True
         elif self._next.packs:
             self._first = self._move(self._next.packs[0])
+
+    def take_wait(self) -> float:
+        """Seconds, at most, for which the device had nothing to do for want of data, since this was last asked."""
+        waited, self._waited_s = self._waited_s, 0.0
+        return waited
 
     def packs(self, step: Step) -> Iterator[PackedBatch]:
         """The packs of the step last taken, on the device, each moved while the one before computes."""
@@ -65,7 +86,7 @@ class StepsAhead:
 
     def _move(self, batch: PackedBatch) -> _Moving:
         features = None
-        if self._cache is not None and batch.stored_keys:
+        if self._cache is not None:
             features = self._cache.prefetch(batch, self._device)
         if self._stream is None:
             return _Moving(batch.to(self._device), features, None, self._device)

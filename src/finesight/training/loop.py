@@ -22,7 +22,9 @@ from accelerate import Accelerator
 from finesight.data.feed import Step
 from finesight.data.pack import PackedBatch
 from finesight.errors import TrainingError
+from finesight.models.features import FeatureCache
 from finesight.recipe import TrainingSettings
+from finesight.training.ahead import StepsAhead
 from finesight.training.optimizer import StepOptimizer, learning_rate_factor, warmup_steps
 from finesight.training.state import TrainerState
 from finesight.training.telemetry import StepFigures, Telemetry, peak_memory_bytes
@@ -104,6 +106,7 @@ class TrainingLoop:
         validation: measured when `eval_strategy` says; None: never.
         saver: asked to save when `save_strategy` says; None: never.
         scaler: of the loss, for float16.
+        feature_cache: where the features that packs expect are kept.
     """
 
     def __init__(
@@ -121,11 +124,13 @@ class TrainingLoop:
         validation: Validation | None = None,
         saver: Saver | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        feature_cache: FeatureCache | None = None,
     ) -> None:
         self.accelerator, self.model, self.algorithm, self.source = accelerator, model, algorithm, source
         self.optimizer, self.settings, self.total_steps, self.state = optimizer, settings, total_steps, state
         self.telemetry, self.validation, self.saver, self.scaler = telemetry, validation, saver, scaler
         self._saved_step = state.step or None
+        self.feature_cache = feature_cache
         self._stop_asked = False
 
     def run(self) -> StopReason:
@@ -141,9 +146,11 @@ class TrainingLoop:
             return "early_stopping"
         with StopSignals() as signals:
             begun = time.perf_counter()
-            for step in self.source.stream(self.state.epoch, self.state.index, self.total_steps - self.state.step):
-                loss, norm = self._update(step, signals)
-                self._advance(step, loss, norm, time.perf_counter() - begun)
+            steps = self.source.stream(self.state.epoch, self.state.index, self.total_steps - self.state.step)
+            ahead = StepsAhead(steps, self.accelerator.device, self.feature_cache)
+            for step in ahead:
+                loss, norm = self._update(step, ahead, signals)
+                self._advance(step, loss, norm, time.perf_counter() - begun, ahead.take_wait())
                 self._evaluate_and_save()
                 if self._stop_asked or self._patience_is_over():
                     break
@@ -157,7 +164,7 @@ class TrainingLoop:
             self._save()
         return "finished" if self.state.step >= self.total_steps else "early_stopping"
 
-    def _update(self, step: Step, signals: StopSignals) -> tuple[float, float]:
+    def _update(self, step: Step, ahead: StepsAhead, signals: StopSignals) -> tuple[float, float]:
         """Gradients of the whole step and one update; returns its loss and gradient norm."""
         factor = learning_rate_factor(
             self.state.step,
@@ -167,10 +174,11 @@ class TrainingLoop:
             min_lr_ratio=self.settings.min_lr_ratio,
         )
         self.optimizer.set_factor(factor)
-        losses = self._backward(step)
+        losses = self._backward(step, ahead)
         if self.scaler is not None:
             self.optimizer.unscale(self.scaler)
         norm = self.optimizer.clip_gradients(self.settings.max_grad_norm)
+        ahead.prefetch()
         # One wait for the device in a step: loss, the wish to stop and the norm together.
         shared = torch.stack([torch.stack(losses).sum().float(), losses[0].new_tensor(signals.name is not None, dtype=torch.float32)])
         shared = self.accelerator.reduce(shared, reduction="sum")
@@ -189,11 +197,10 @@ class TrainingLoop:
         self.optimizer.zero_grad()
         return loss, gradient_norm
 
-    def _backward(self, step: Step) -> list[torch.Tensor]:
+    def _backward(self, step: Step, ahead: StepsAhead) -> list[torch.Tensor]:
         """Adds up the gradients of all packs; returns each pack's part of the loss."""
         losses = []
-        for number, batch in enumerate(step.packs):
-            batch = batch.to(self.accelerator.device, non_blocking=True)
+        for number, batch in enumerate(ahead.packs(step)):
             last = number == len(step.packs) - 1
             with nullcontext() if last or self.optimizer.collects_each_pack else self.accelerator.no_sync(self.model):
                 loss = self.algorithm.loss(self.model(batch), batch, step)
@@ -219,7 +226,7 @@ class TrainingLoop:
             + "Lower training.learning_rate, look at these rows, or set model.dtype: float32; checkpoints written before are unharmed."
         )
 
-    def _advance(self, step: Step, loss: float, norm: float, seconds: float) -> None:
+    def _advance(self, step: Step, loss: float, norm: float, seconds: float, data_wait_s: float) -> None:
         state = self.state
         state.step += 1
         state.epoch, state.index = (step.epoch, step.index + 1) if step.index + 1 < self.source.steps_per_epoch else (step.epoch + 1, 0)
@@ -241,6 +248,8 @@ class TrainingLoop:
                 padded_tokens=step.padded_tokens,
                 num_targets=step.num_targets,
                 memory_bytes=peak_memory_bytes(self.accelerator.device),
+                data_wait_s=data_wait_s,
+                feature_hit_rate=None if self.feature_cache is None else self.feature_cache.figures.hit_rate,
             )
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -19,13 +20,16 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from finesight.data.feed import StoredItems
 from finesight.data.processor import Processor
 from finesight.errors import RecipeError
 from finesight.models.adapter_files import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning, thinking_warning
+from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
+from finesight.models.features import FeatureCache, tower_fingerprint
 from finesight.models.load import LoadedModel, load_model
 from finesight.models.packed import PackedModel
-from finesight.models.parameters import ParameterCounts, count_parameters
+from finesight.models.parameters import ParameterCounts, count_parameters, part_of
 from finesight.recipe import Recipe, dump_recipe
 from finesight.sampling.transformers_sampler import TransformersSampler
 from finesight.sampling.types import SamplingSettings
@@ -42,6 +46,8 @@ from finesight.training.validation import HeldOutValidation
 from finesight.training.weights import save_weights, weights_folder
 
 RECIPE, RUN = "recipe.yaml", "run.json"
+# Compiling takes some tens of seconds; shorter runs are over sooner without it.
+COMPILE_FROM_STEPS = 50
 
 
 @dataclass(eq=False)
@@ -128,13 +134,54 @@ class Session:
         self.model = apply_tuning(self.loaded.model, self.recipe.tuning, self.loaded.family, self.recipe.training.seed)
         self.parameters = count_parameters(self.model)
         seed_everything(self.recipe.training.seed + accelerator.process_index)
-        self.packed = PackedModel(self.model, gradient_checkpointing=self.recipe.training.gradient_checkpointing)
+        compiled = self._compile_layers()
+        self.packed = PackedModel(
+            self.model, gradient_checkpointing=self.recipe.training.gradient_checkpointing, compile_layers=compiled, say=self._say
+        )
+        self.steady_tokens = STEADY_TOKENS if compiled else None
+        self.stored = self._keep_features()
         self.wrapped = accelerator.prepare_model(self.packed)
         self.optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
         self._refuse_rows_that_train_nothing()
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if self.loaded.dtype == torch.float16 else None
         self.metadata = adapter_metadata(self.recipe, prepared.processor)
         self.fingerprint = data_fingerprint(prepared.samples)
+
+    def _compile_layers(self) -> bool:
+        """Whether layers are compiled: as the recipe says, or where it pays."""
+        asked = self.recipe.training.torch_compile
+        refusal = compiles_well(self.accelerator.device)
+        if asked is False or (asked == "auto" and (refusal or self.plan.total_steps < COMPILE_FROM_STEPS)):
+            return False
+        if refusal:
+            self._say(f"Note: training.torch_compile is on, but {refusal}; layers run uncompiled.")
+            return False
+        folder = keep_compiled_code()
+        self._say(f"Layers are compiled in the first steps, which takes up to a minute; later runs find the code in {folder}.")
+        return True
+
+    def _keep_features(self) -> StoredItems | None:
+        """Sets up the cache of tower features where the tower is frozen and images are met more than once."""
+        settings = self.recipe.training
+        frozen = not any(p.requires_grad for n, p in self.model.named_parameters() if part_of(n) in ("tower", "merger"))
+        if settings.feature_cache_gib == 0 or not frozen:
+            return None
+        # Features of one image differ in their last bits with the pack they are computed in: kept ones would keep a
+        # resumed run on a CPU from repeating the uninterrupted one bit for bit, so there they are kept on request only.
+        pays = self.accelerator.device.type == "cuda" and self.plan.total_steps > self.plan.steps_per_epoch
+        if settings.feature_cache_gib == "auto" and not pays and settings.feature_cache_dir is None:
+            return None
+        free_bytes = psutil.virtual_memory().available
+        budget = free_bytes // 4 if settings.feature_cache_gib == "auto" else int(settings.feature_cache_gib * 2**30)
+        budget //= self.accelerator.num_processes if settings.feature_cache_gib == "auto" else 1
+        stored = StoredItems([*self.prepared.samples, *self.prepared.held_out])
+        folder = None if settings.feature_cache_dir is None else Path(settings.feature_cache_dir)
+        fingerprint = tower_fingerprint(self.packed.base.model.visual, self.prepared.processor.pixel_identity())
+        cache = FeatureCache(fingerprint, budget_bytes=budget, folder=folder, on_kept=stored.add)
+        for key in cache.known(stored.keys):
+            stored.add(key)
+        self.packed.feature_cache = cache
+        return stored
 
     def _load(self) -> LoadedModel:
         self._say(f"Loading {self.recipe.model.name_or_path}")
@@ -223,6 +270,8 @@ class Session:
             "process": self.accelerator.process_index,
             "tower": self.packed.tower_shape,
             "pin_memory": self.accelerator.device.type == "cuda",
+            "steady_tokens": self.steady_tokens,
+            "stored": self.stored,
         }
         validation = None
         if self.prepared.held_out and self.recipe.training.eval_strategy != "no":
@@ -253,6 +302,7 @@ class Session:
             validation=validation,
             saver=saver,
             scaler=self.scaler,
+            feature_cache=self.packed.feature_cache,
         )
 
     def _finish(self, state: TrainerState, reason: StopReason, telemetry: Telemetry, saver: RunSaver) -> RunResult:

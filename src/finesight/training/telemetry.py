@@ -43,6 +43,8 @@ class StepFigures:
     padded_tokens: int  # had the step been padded to its longest sample, nothing shared
     num_targets: int  # supervised tokens
     memory_bytes: int  # peak so far: of the GPU, or of the process on a CPU
+    data_wait_s: float = 0.0  # the device had nothing to do for at most so long, for want of data
+    feature_hit_rate: float | None = None  # images whose features were kept, so far; None: nothing is kept
 
 
 @dataclass
@@ -75,6 +77,8 @@ class _Window:
             "padding_saved": padding_saved(total("unshared_tokens"), total("padded_tokens")),
             "sharing_ratio": sharing_ratio(total("unshared_tokens"), total("num_tokens")),
             "memory_gib": round(last.memory_bytes / 2**30, 3),
+            "data_wait_share": min(1.0, sum(f.data_wait_s for f in self.figures) / seconds),
+            **({} if last.feature_hit_rate is None else {"feature_hit_rate": last.feature_hit_rate}),
             "seconds": seconds,
         }
 
@@ -248,6 +252,7 @@ class Telemetry:
             ("gradient norm", _short(s.get("grad_norm")), "padding saved", _percent(s.get("padding_saved"))),
             ("held-out loss", _short(s.get("eval_loss")), "sharing ratio", _short(s.get("sharing_ratio"))),
             ("epoch", _short(s.get("epoch")), "memory", f"{s['memory_gib']:.2f} GiB" if "memory_gib" in s else "–"),
+            ("waiting for data", _percent(s.get("data_wait_share")), "features kept", _percent(s.get("feature_hit_rate"))),
         ]
         for row in rows:
             table.add_row(*row)

@@ -18,6 +18,7 @@ from finesight.data.media import open_image, read_frames
 from finesight.errors import MediaError
 from finesight.models.packed import PackedModel
 from finesight.sampling.types import Sampler, SamplingSettings
+from finesight.training.ahead import StepsAhead
 from finesight.training.losses import sft_loss
 
 SAMPLES = "samples"
@@ -71,10 +72,10 @@ class HeldOutValidation:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float32, device=device)
         weight = 0.0
-        for step in self.feed.steps(0):
+        ahead = StepsAhead(self.feed.steps(0), device, self.model.feature_cache)
+        for step in ahead:
             weight += step.target_weight
-            for batch in step.packs:
-                batch = batch.to(device, non_blocking=True)
+            for batch in ahead.packs(step):
                 total += sft_loss(self.model(batch), batch.weight, 1.0)
         self.model.train(training)
         return float(self.accelerator.reduce(total, reduction="sum")) / weight

@@ -1,0 +1,64 @@
+"""Compiled layers: one graph for all layers, kept on disk between runs, and never a reason for a run to fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Lengths of packs are rounded up to a multiple of this: matrix products then meet few and well-aligned shapes.
+STEADY_TOKENS = 128
+
+
+class CompiledFunction:
+    """A function compiled at its first call; where that fails, the function itself, and the reason is told once.
+
+    Args:
+        function: of tensors and modules.
+        say: is told why compiling failed.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], say: Callable[[str], None]) -> None:
+        self.function, self.say = function, say
+        # Dynamic: the number of tokens differs from pack to pack, and a graph for each would cost seconds every time.
+        self._compiled: Callable[..., torch.Tensor] | None = torch.compile(function, dynamic=True)
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        if self._compiled is None:
+            return self.function(*arguments)
+        try:
+            return self._compiled(*arguments)
+        except _failures() as error:
+            self._compiled = None
+            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            self.say(f"Layers run uncompiled, since compiling failed: {type(error).__name__}: {first_line}")
+            return self.function(*arguments)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What torch raises when it cannot compile; an error of the computation itself is none of these."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return (TorchDynamoException, InductorError)
+
+
+def keep_compiled_code() -> Path:
+    """Lets compiled code be found again by later runs; returns where it is kept.
+
+    A folder that the user names in TORCHINDUCTOR_CACHE_DIR is left as it is.
+    """
+    default = Path(os.environ.get("FINESIGHT_CACHE", Path.home() / ".cache" / "finesight")) / "compiled"
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default)))
+
+
+def compiles_well(device: torch.device) -> str | None:
+    """None where compiled layers pay; otherwise why not."""
+    if device.type != "cuda":
+        return "layers are compiled on NVIDIA GPUs only"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "layers are compiled from compute capability 8.0 (Ampere) on"
+    return None
