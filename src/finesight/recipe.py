@@ -180,7 +180,7 @@ class TrainingSettings(Settings):
         description="Main memory for features of a frozen tower, used again in later epochs; auto: on a GPU, a quarter of what is free; 0: off.",
     )
     feature_cache_dir: str | None = Field(
-        None, description="Folder for features beyond that, kept between runs; none: they are computed again."
+        None, description="Folder that features are also written to, for what memory cannot hold and for later runs."
     )
     seed: int = Field(3407, ge=0, description="Seed of adapters and dropout.")
     data_seed: int | None = Field(None, ge=0, description="Seed of the order of samples; none: seed.")

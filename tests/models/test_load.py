@@ -164,3 +164,13 @@ def test_an_adapter_of_another_family_is_refused(tmp_path):
     _, adapter = _saved_adapter(tmp_path / "adapter")
     with pytest.raises(ModelError, match="was trained on Qwen3-VL"):
         load(folder, adapter, device="cpu")
+
+
+def test_float8_base_is_converted_while_loading(tmp_path):
+    from finesight.models.float8 import Float8Linear
+
+    folder = tiny_checkpoint(tmp_path / "model", "qwen3_vl")
+    loaded = load_model(ModelSettings(name_or_path=str(folder), load_in_fp8=True), device=torch.device("cpu"))
+    kinds = {name: type(m) for name, m in loaded.model.named_modules() if name.endswith(("q_proj", "down_proj", "qkv", "lm_head"))}
+    assert all((kind is Float8Linear) == ("language_model" in name) for name, kind in kinds.items())
+    assert any("float8" in note or "8-bit" in note for note in loaded.notes) or not loaded.notes

@@ -10,6 +10,7 @@ An entry is all that an image gives: (1 + DeepStack levels, visual tokens, hidde
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -68,7 +69,7 @@ class FeatureCache:
     Args:
         fingerprint: of the tower; part of every file name, so that another tower's features are never met.
         budget_bytes: of main memory.
-        folder: where entries past the budget go; None: they are not kept.
+        folder: where every entry is also written, for this run beyond its budget and for later ones; None: nowhere.
         on_kept: is told the key of each entry once it is kept.
 
     Raises:
@@ -126,17 +127,18 @@ class FeatureCache:
             size = entry.numel() * entry.element_size()
             if key in self:
                 continue
-            if self.figures.memory_bytes + size <= self.budget_bytes:
+            fits = self.figures.memory_bytes + size <= self.budget_bytes
+            if fits:
                 self._memory[key] = entry.clone()
                 self.figures.memory_bytes += size
-            elif self.folder is not None:
+            if self.folder is not None:
                 name = _file_name(key)
-                partial = self.folder / f"{name}.partial"
+                partial = self.folder / f"{name}.{os.getpid()}.partial"
                 save_file({"features": entry.contiguous()}, partial)
                 partial.replace(self.folder / f"{name}.safetensors")
                 self._disk.add(name)
                 self.figures.disk_bytes += size
-            else:
+            elif not fits:
                 self.figures.refused += 1
                 continue
             self.figures.entries += 1

@@ -4,17 +4,18 @@ Imported only where there is a GPU, since Triton is. Every kernel writes each el
 atomics, nothing read that was not written, so a run repeats bit by bit.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Parameters of kernels have no types: Triton gives meaning to annotations and knows `tl.constexpr` alone.
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-MOST_JOINED = 3  # tensors that one row quantisation takes side by side
+from finesight.models.float8 import MOST_JOINED
 
 
 def quantize_rows(
@@ -52,7 +53,7 @@ def quantize_rows(
 
 
 @triton.jit
-def _load_row(source: Any, multiplier: Any, row: Any, stride: Any, width: Any, MULTIPLIED: tl.constexpr, BLOCK: tl.constexpr) -> Any:
+def _load_row(source, multiplier, row, stride, width, MULTIPLIED: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     values = tl.load(source + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
     if MULTIPLIED:
@@ -61,18 +62,18 @@ def _load_row(source: Any, multiplier: Any, row: Any, stride: Any, width: Any, M
 
 
 @triton.jit
-def _store_row(out: Any, values: Any, inverse: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def _store_row(out, values, inverse, width, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     tl.store(out + column, (values * inverse).to(out.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
 def _quantize_rows_kernel(
-    source_0: Any, source_1: Any, source_2: Any, multiplier_0: Any, multiplier_1: Any, multiplier_2: Any, out: Any, scale: Any,
-    stride_0: Any, stride_1: Any, stride_2: Any, out_stride: Any, width_0: Any, width_1: Any, width_2: Any,
+    source_0, source_1, source_2, multiplier_0, multiplier_1, multiplier_2, out, scale,
+    stride_0, stride_1, stride_2, out_stride, width_0, width_1, width_2,
     INVERSE_MAX: tl.constexpr, COUNT: tl.constexpr, MULTIPLIED: tl.constexpr,
     BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One row a program, held in registers between finding its largest value and writing it."""
     row = tl.program_id(0).to(tl.int64)
     values_0 = _load_row(source_0, multiplier_0, row, stride_0, width_0, MULTIPLIED, BLOCK_0)
@@ -100,23 +101,34 @@ def transpose_into(weight: torch.Tensor, out: torch.Tensor) -> None:
     """out = weightᵀ for matrices of one byte an element.
 
     Args:
-        weight: (O, I), rows contiguous.
+        weight: (O, I), rows contiguous; O and I multiples of 4.
         out: (I, O), rows contiguous; may be a part of a wider matrix.
     """
-    rows, columns = weight.shape
-    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128))
-    source, target = weight.view(torch.uint8), out.view(torch.uint8)
-    _transpose_kernel[grid](source, target, rows, columns, source.stride(0), target.stride(0), BLOCK=128, num_warps=8)
+    source, target = weight.view(torch.int32), out.view(torch.int32)
+    rows, columns = source.shape[0] // 4, source.shape[1]
+    grid = (triton.cdiv(rows, 32), triton.cdiv(columns, 32))
+    _transpose_kernel[grid](source, target, rows, columns, source.stride(0), target.stride(0), BLOCK=32, num_warps=8)
 
 
 @triton.jit
-def _transpose_kernel(source: Any, target: Any, rows: Any, columns: Any, source_stride: Any, target_stride: Any, BLOCK: tl.constexpr) -> None:
+def _transpose_kernel(source, target, rows, columns, source_stride, target_stride, BLOCK: tl.constexpr):
+    """Blocks of 4 × 4 bytes are turned inside registers, so that what moves between threads are whole words.
+
+    Byte by byte, the traffic between threads would take longer than that to memory.
+    """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    places = row.to(tl.int64)[:, None] * source_stride + column[None, :]
-    tile = tl.load(source + places, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0)
-    places = column.to(tl.int64)[:, None] * target_stride + row[None, :]
-    tl.store(target + places, tl.trans(tile), mask=(column < columns)[:, None] & (row < rows)[None, :])
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    places = source + row.to(tl.int64)[:, None] * (4 * source_stride) + column[None, :]
+    a = tl.load(places, mask=inside, other=0)
+    b = tl.load(places + source_stride, mask=inside, other=0)
+    c = tl.load(places + 2 * source_stride, mask=inside, other=0)
+    d = tl.load(places + 3 * source_stride, mask=inside, other=0)
+    places = target + column.to(tl.int64)[:, None] * (4 * target_stride) + row[None, :]
+    inside = (column < columns)[:, None] & (row < rows)[None, :]
+    for byte in tl.static_range(4):
+        turned = ((a >> 8 * byte) & 0xFF) | (((b >> 8 * byte) & 0xFF) << 8) | (((c >> 8 * byte) & 0xFF) << 16) | ((d >> 8 * byte) << 24)
+        tl.store(places + byte * target_stride, tl.trans(turned), mask=inside)
 
 
 def add_low_rank(base: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -131,112 +143,33 @@ def add_low_rank(base: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dt
     out = torch.empty(rows, columns, dtype=dtype, device=base.device)
     if out.numel() == 0:
         return out
-    grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128))
+    # float32 has no matrix unit of its own precision: its sums want small tiles.
+    row_block, column_block = (16, 64) if left.dtype == torch.float32 else (64, 128)
+    grid = (triton.cdiv(rows, row_block), triton.cdiv(columns, column_block))
     _add_low_rank_kernel[grid](
         base, left, right, out, rows, columns, base.stride(0), left.stride(0), left.stride(1), right.stride(0), right.stride(1), out.stride(0),
-        RANK=rank, RANK_BLOCK=_rank_block(rank), ROW_BLOCK=64, COLUMN_BLOCK=128, num_warps=4,
+        RANK=rank, RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64),  # matrix units want at least 16
+        ROW_BLOCK=row_block, COLUMN_BLOCK=column_block, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def _rank_block(rank: int) -> int:
-    """Ranks taken at a time: matrix units want at least 16."""
-    return min(max(triton.next_power_of_2(rank), 16), 64)
-
-
-@triton.jit
-def _add_products(
-    total: Any, left: Any, right: Any, row: Any, column: Any, rows: Any, columns: Any,
-    left_row: Any, left_rank: Any, right_column: Any, right_rank: Any, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
-    """total + left rightᵀ on one tile."""
-    for start in tl.static_range(0, RANK, RANK_BLOCK):
-        rank = start + tl.arange(0, RANK_BLOCK)
-        places = left + row.to(tl.int64)[:, None] * left_row + rank[None, :] * left_rank
-        some_left = tl.load(places, mask=(row < rows)[:, None] & (rank < RANK)[None, :], other=0.0)
-        places = right + rank.to(tl.int64)[:, None] * right_rank + column.to(tl.int64)[None, :] * right_column
-        some_right = tl.load(places, mask=(rank < RANK)[:, None] & (column < columns)[None, :], other=0.0)
-        total = tl.dot(some_left, some_right, total, input_precision="ieee")
-    return total
 
 
 @triton.jit
 def _add_low_rank_kernel(
-    base: Any, left: Any, right: Any, out: Any, rows: Any, columns: Any, base_stride: Any,
-    left_row: Any, left_rank: Any, right_column: Any, right_rank: Any, out_stride: Any,
+    base, left, right, out, rows, columns, base_stride, left_row, left_rank, right_column, right_rank, out_stride,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     column = tl.program_id(1) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    total = tl.load(base + row.to(tl.int64)[:, None] * base_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    total = _add_products(
-        total, left, right, row, column, rows, columns, left_row, left_rank, right_column, right_rank, RANK, RANK_BLOCK
-    )  # fmt: skip
-    tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], total.to(out.dtype.element_ty), mask=inside)
-
-
-def product_with_low_rank(
-    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor,
-    dtype: torch.dtype, *, fast_accumulation: bool,
-) -> torch.Tensor:  # fmt: skip
-    """(scales of rows of a)ᵀ a bᵀ (scales of rows of b) + left rightᵀ in one kernel, rounded once.
-
-    Args:
-        a: (M, K) in float8, rows contiguous, K a multiple of 16; a_scale: (M, 1) float32.
-        b: (N, K), likewise; b_scale: (N,) float32, or none for ones.
-        left: (M, r); right: (N, r), strided as it likes.
-        fast_accumulation: add up inside the matrix unit all along K; otherwise in float32 every 128 entries.
-
-    Returns:
-        (M, N).
-    """
-    (rows, depth), columns, rank = a.shape, b.shape[0], left.shape[1]
-    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
-    if out.numel() == 0:
-        return out
-    row_block, column_block = 128, 256 if fast_accumulation else 128  # the second float32 sum takes its place in registers
-    tiles = triton.cdiv(rows, row_block) * triton.cdiv(columns, column_block)
-    processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
-    _product_kernel[(min(tiles, processors),)](
-        TensorDescriptor.from_tensor(a, [row_block, 128]), TensorDescriptor.from_tensor(b, [column_block, 128]),
-        TensorDescriptor.from_tensor(out, [row_block, column_block // 2]),
-        a_scale, a_scale if b_scale is None else b_scale, left, right, rows, columns, depth,
-        left.stride(0), left.stride(1), right.stride(0), right.stride(1),
-        B_SCALED=b_scale is not None, RANK=rank, RANK_BLOCK=_rank_block(rank), ROW_BLOCK=row_block, COLUMN_BLOCK=column_block,
-        DEPTH_BLOCK=128, GROUP=8, PROGRAMS=min(tiles, processors), IMPRECISE=None if fast_accumulation else 128,
-        num_warps=8, num_stages=3 if fast_accumulation else 4,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _product_kernel(
-    a: Any, b: Any, out: Any, a_scale: Any, b_scale: Any, left: Any, right: Any, rows: Any, columns: Any, depth: Any,
-    left_row: Any, left_rank: Any, right_column: Any, right_rank: Any,
-    B_SCALED: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, IMPRECISE: tl.constexpr,
-) -> None:  # fmt: skip
-    """Each program walks over tiles of the result; tiles that share operands are near each other in time (cache)."""
-    row_tiles, column_tiles = tl.cdiv(rows, ROW_BLOCK), tl.cdiv(columns, COLUMN_BLOCK)
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
-        group = tile // (GROUP * column_tiles)
-        group_rows = min(row_tiles - group * GROUP, GROUP)
-        first_row = (group * GROUP + (tile % (GROUP * column_tiles)) % group_rows) * ROW_BLOCK
-        first_column = ((tile % (GROUP * column_tiles)) // group_rows) * COLUMN_BLOCK
-        total = tl.zeros((ROW_BLOCK, COLUMN_BLOCK), dtype=tl.float32)
-        for step in range(tl.cdiv(depth, DEPTH_BLOCK)):
-            some_a = a.load([first_row, step * DEPTH_BLOCK])
-            some_b = b.load([first_column, step * DEPTH_BLOCK])
-            total = tl.dot(some_a, some_b.T, total, max_num_imprecise_acc=IMPRECISE)
-        row, column = first_row + tl.arange(0, ROW_BLOCK), first_column + tl.arange(0, COLUMN_BLOCK)
-        total *= tl.load(a_scale + row, mask=row < rows, other=0.0)[:, None]
-        if B_SCALED:
-            total *= tl.load(b_scale + column, mask=column < columns, other=0.0)[None, :]
-        total = _add_products(
-            total, left, right, row, column, rows, columns, left_row, left_rank, right_column, right_rank, RANK, RANK_BLOCK
-        )  # fmt: skip
-        halves = tl.permute(tl.reshape(total, (ROW_BLOCK, 2, COLUMN_BLOCK // 2)), (0, 2, 1))
-        first, second = tl.split(halves)
-        out.store([first_row, first_column], first.to(out.dtype))
-        out.store([first_row, first_column + COLUMN_BLOCK // 2], second.to(out.dtype))
+    row_64, column_64 = row.to(tl.int64), column.to(tl.int64)  # a long batch has more than 2^31 entries
+    total = tl.load(base + row_64[:, None] * base_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    delta = tl.zeros((ROW_BLOCK, COLUMN_BLOCK), dtype=tl.float32)
+    for start in tl.static_range(0, RANK, RANK_BLOCK):
+        rank = start + tl.arange(0, RANK_BLOCK)
+        places = left + row_64[:, None] * left_row + rank[None, :] * left_rank
+        some_left = tl.load(places, mask=(row < rows)[:, None] & (rank < RANK)[None, :], other=0.0)
+        places = right + rank.to(tl.int64)[:, None] * right_rank + column_64[None, :] * right_column
+        some_right = tl.load(places, mask=(rank < RANK)[:, None] & (column < columns)[None, :], other=0.0)
+        delta = tl.dot(some_left, some_right, delta, input_precision="ieee")
+    tl.store(out + row_64[:, None] * out_stride + column[None, :], (total + delta).to(out.dtype.element_ty), mask=inside)

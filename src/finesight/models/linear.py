@@ -2,8 +2,9 @@
 
 peft computes `base(x) + delta(x)`. In bfloat16 the base product already lies on the bfloat16 grid, so an update smaller
 than half a step of that grid is rounded back to nothing, at every step of training. Here the base product is
-accumulated onto the delta in the matrix unit's float32 and rounded once. peft's modules, parameter names and files stay
-as they are; only how they compute changes.
+accumulated onto the delta in the matrix unit's float32 and rounded once. Over a float8 base, whose products cannot be
+accumulated onto anything, the sum is taken in float32 (:mod:`finesight.models.float8`). peft's modules, parameter names
+and files stay as they are; only how they compute changes.
 
 Shapes: T tokens, I inputs, O outputs, r rank.
 """
@@ -11,15 +12,18 @@ Shapes: T tokens, I inputs, O outputs, r rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
+from finesight.errors import ModelError
+from finesight.models.float8 import Adapter, Float8Linear, add_bias, compute_dtype, float8_project
+
 
 class AccumulatedLinear(PeftLinear):
-    """peft's adapted linear layer, computing its sum in one product."""
+    """peft's adapted linear layer, rounding its sum once."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(…, I) -> (…, O). Anything but one plain, active, unmerged adapter is left to peft."""
@@ -28,9 +32,15 @@ class AccumulatedLinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         if not self.drops(name):
             return project([self], x)[0]
-        rows, weight, down, up = self.operands(name, x)
+        # The adapter reads another input than the base here, so that the two are not one product.
+        rows, down, up = self.operands(name, x)
         delta = (self.lora_dropout[name](rows) @ down.T * float(self.scaling[name])) @ up.T
-        return self.finish(torch.addmm(delta, rows, weight.T), x)
+        if isinstance(self.base_layer, Float8Linear):
+            (base,) = float8_project([self.base_layer], [None], x, exact=True)
+            out = (base + delta).to(rows.dtype)
+        else:
+            out = torch.addmm(delta, rows, self.base_layer.weight.to(rows.dtype).T)
+        return add_bias(out, self.base_layer.bias, x)
 
     def only_adapter(self) -> str | None:
         """Name of the adapter in use if there is exactly one plain one, neither merged nor switched off."""
@@ -45,37 +55,52 @@ class AccumulatedLinear(PeftLinear):
         dropout = self.lora_dropout[name]
         return isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training
 
-    def operands(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows (T, I), base weight (O, I), A (r, I) and B (O, r), in the precision of the product."""
+    def operands(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows (T, I), A (r, I) and B (O, r), in the precision of the product."""
         base = self.base_layer
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else base.weight.dtype
-        tensors = (x.reshape(-1, x.shape[-1]), base.weight, self.lora_A[name].weight, self.lora_B[name].weight)
-        rows, weight, down, up = (tensor.to(dtype) for tensor in tensors)
-        return rows, weight, down, up
+        dtype = compute_dtype(x, base.compute_dtype if isinstance(base, Float8Linear) else base.weight.dtype)
+        return x.reshape(-1, x.shape[-1]).to(dtype), self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
 
-    def finish(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Adds the bias and restores the leading dimensions of x."""
-        if self.base_layer.bias is not None:
-            # Last, never onto the delta alone: a bias is on the grid too, and would round the delta away.
-            out = out + self.base_layer.bias.to(out.dtype)
-        return out.view(*x.shape[:-1], out.shape[-1])
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in peft.
+
+        Raises:
+            ModelError: the base weight is float8, on whose coarse grid an update would be lost.
+        """
+        if isinstance(self.base_layer, Float8Linear):
+            raise ModelError(
+                "An adapter cannot be merged into float8 weights: its update would be rounded away. Merge it into the base as it was "
+                "loaded without model.load_in_fp8, or call finesight.models.float8.dequantize(model) first."
+            )
+        super().merge(safe_merge, adapter_names)
 
 
 def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """Several linear layers of one input, (…, I) -> (…, O) each.
 
-    Where all of them are plainly adapted, x is read once for all their A matrices, and the gradient of x is accumulated
-    in place over all their products instead of being summed from separate ones.
+    Where all of them are plainly adapted, x is read once for all their A matrices (and quantised once over float8
+    bases), and the gradient of x is accumulated over all their products instead of being summed from separate ones.
     """
+    if all(type(layer) is Float8Linear for layer in layers):
+        outs = float8_project(layers, [None] * len(layers), x)
+        return [add_bias(out, layer.bias, x) for layer, out in zip(layers, outs, strict=True)]
     names = [layer.only_adapter() if isinstance(layer, AccumulatedLinear) else None for layer in layers]
     plain = [layer for layer, name in zip(layers, names, strict=True) if name is not None and not layer.drops(name)]
-    if len(plain) < len(layers):
+    over_float8 = [isinstance(layer.base_layer, Float8Linear) for layer in plain]
+    if len(plain) < len(layers) or (any(over_float8) and not all(over_float8)):
         return [layer(x) for layer in layers]
-    operands = [layer.operands(name, x) for layer, name in zip(plain, names, strict=True)]
-    scales = [float(layer.scaling[name]) for layer, name in zip(plain, names, strict=True)]
-    rows = operands[0][0]
-    *outs, _ = adapted_products(rows, [o[1] for o in operands], [o[2] for o in operands], [o[3] for o in operands], scales)
-    return [layer.finish(out, x) for layer, out in zip(plain, outs, strict=True)]
+    scalings = [float(layer.scaling[name]) for layer, name in zip(plain, names, strict=True)]
+    if all(over_float8):
+        adapters = [
+            Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, s) for layer, name, s in zip(plain, names, scalings, strict=True)
+        ]
+        outs = float8_project([cast(Float8Linear, layer.base_layer) for layer in plain], adapters, x)
+    else:
+        operands = [layer.operands(name, x) for layer, name in zip(plain, names, strict=True)]
+        rows = operands[0][0]
+        weights = [layer.base_layer.weight.to(rows.dtype) for layer in plain]
+        *outs, _ = adapted_products(rows, weights, [down for _, down, _ in operands], [up for _, _, up in operands], scalings)
+    return [add_bias(out, layer.base_layer.bias, x) for layer, out in zip(plain, outs, strict=True)]
 
 
 # Opaque to compilers: all of it is matrix products, and only written this way are they accumulated in place. A
@@ -95,8 +120,10 @@ def adapted_products(
     """
     inner = x @ torch.cat(downs).T
     parts = inner.split([down.shape[0] for down in downs], dim=1)
-    outs = [(part @ up.T).mul_(s).addmm_(x, w.T) if s != 1 else (part @ up.T).addmm_(x, w.T)
-            for part, w, up, s in zip(parts, weights, ups, scales, strict=True)]  # fmt: skip
+    # The scale goes onto the narrow factor: onto the result it would be a pass over every output.
+    outs = [
+        ((part * s if s != 1 else part) @ up.T).addmm_(x, weight.T) for part, weight, up, s in zip(parts, weights, ups, scales, strict=True)
+    ]
     return [*outs, inner]
 
 
@@ -156,13 +183,13 @@ adapted_products.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def accumulate_adapters(model: nn.Module) -> int:
-    """Lets every plain adapted linear layer of a peft model compute its sum in one product; returns how many.
+    """Lets every plain adapted linear layer of a peft model round its sum once; returns how many were changed.
 
-    Layers over quantised bases are of other peft classes and stay as they are.
+    Bases may be plain or float8; layers over other quantised bases are of other peft classes and stay as they are.
     """
     count = 0
     for module in model.modules():
-        if type(module) is PeftLinear and type(module.base_layer) is nn.Linear and not module.fan_in_fan_out:
+        if type(module) is PeftLinear and type(module.base_layer) in (nn.Linear, Float8Linear) and not module.fan_in_fan_out:
             module.__class__ = AccumulatedLinear  # the same state, another way to compute
             count += 1
     return count

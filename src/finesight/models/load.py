@@ -21,6 +21,7 @@ from finesight.data.processor import Processor, checkpoint_folder, load_processo
 from finesight.errors import ModelError, RecipeError
 from finesight.families import Family
 from finesight.models.adapter_files import AdapterMetadata, load_adapter, read_metadata, restore_data_settings
+from finesight.models.float8 import float8_notes, to_float8
 from finesight.recipe import DataSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ def load_model(
     dtype, dtype_note = choose_dtype(settings.dtype, chosen)
     notes += [dtype_note] if dtype_note else []
     model: Any = _load_weights(name, settings.revision, processor.family, dtype, chosen)
+    if settings.load_in_fp8:
+        to_float8(model)
+        notes += float8_notes(model)
     model.name_or_path = settings.name_or_path
     if settings.adapter is not None:
         model = load_adapter(model, settings.adapter, is_trainable=train_adapter)

@@ -164,7 +164,7 @@ class Session:
         """Sets up the cache of tower features where the tower is frozen and images are met more than once."""
         settings = self.recipe.training
         frozen = not any(p.requires_grad for n, p in self.model.named_parameters() if part_of(n) in ("tower", "merger"))
-        if settings.feature_cache_gib == 0 or not frozen:
+        if not frozen or (settings.feature_cache_gib == 0 and settings.feature_cache_dir is None):
             return None
         # Features of one image differ in their last bits with the pack they are computed in: kept ones would keep a
         # resumed run on a CPU from repeating the uninterrupted one bit for bit, so there they are kept on request only.

@@ -1,0 +1,174 @@
+"""Scenes of real handwritten digits, written as a user's data would be: PNG files and rows in JSONL.
+
+The scans are the 8 x 8 digits of the UCI repository that scikit-learn carries (E. Alpaydin and C. Kaynak, Optical
+Recognition of Handwritten Digits, 1998). A scene holds two of them side by side. Scans are divided into two sets
+before any scene is composed: no scan stands on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from finesight.demo.settings import SceneSettings
+from finesight.errors import DataError
+from finesight.training.telemetry import progress
+
+DIGITS_IN_A_SCENE = 2
+_SCAN_LEVELS = 16  # of grey in a scan
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that can be asked about any scene."""
+
+    name: str  # in tables
+    text: str
+    answer: Callable[[Sequence[int]], str]  # from the digits, left to right
+
+
+READ = Question("read the number", "Read the number.", lambda digits: "".join(map(str, digits)))
+NEXT_DIGIT = Question("next digit", "Which digit comes after the last one?", lambda digits: str((digits[-1] + 1) % 10))
+PARITY = Question("odd or even", "Is it odd or even?", lambda digits: "odd" if digits[-1] % 2 else "even")
+
+OLD_QUESTIONS = (READ,)
+NEW_QUESTIONS = (NEXT_DIGIT, PARITY)
+QUESTIONS = (*NEW_QUESTIONS, *OLD_QUESTIONS)
+
+
+@dataclass(frozen=True, eq=False)
+class Scans:
+    """Scans of digits: all of them, or those of one side of the division."""
+
+    images: np.ndarray  # (N, 8, 8) float, 0 to 16
+    digits: np.ndarray  # (N,) int
+    numbers: np.ndarray  # (N,) int: the place of each in the whole data set
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def take(self, places: np.ndarray) -> Scans:
+        return Scans(self.images[places], self.digits[places], self.numbers[places])
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One image and what it shows."""
+
+    image: Image.Image  # grey
+    digits: tuple[int, ...]  # left to right
+    scans: tuple[int, ...]  # which scans of the data set it shows
+
+
+def load_scans() -> Scans:
+    """The 1,797 scans that scikit-learn carries.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            'The demo takes its scans from scikit-learn, which is not installed. Run `pip install "finesight[demo]"`.'
+        ) from None
+    content = load_digits()
+    return Scans(content.images, content.target, np.arange(len(content.target)))
+
+
+def divide_scans(scans: Scans, held_out: int, seed: int) -> tuple[Scans, Scans]:
+    """(to train on, held out), drawn at random.
+
+    Raises:
+        DataError: nothing would be left on one side.
+    """
+    if not 0 < held_out < len(scans):
+        raise DataError(f"{held_out} of {len(scans)} scans cannot be held out; at least one must stand on each side")
+    order = np.random.default_rng([seed, 0]).permutation(len(scans))
+    return scans.take(order[held_out:]), scans.take(order[:held_out])
+
+
+def compose(scans: Scans, count: int, settings: SceneSettings, stream: Sequence[int]) -> Iterator[Scene]:
+    """Scenes of two scans each: enlarged, turned a little, and put at random into the halves of a dark image.
+
+    Args:
+        stream: seeds of the draws; equal ones give equal scenes.
+    """
+    random = np.random.default_rng(list(stream))
+    half = settings.image_width // DIGITS_IN_A_SCENE
+    largest = min(settings.max_digit_side, half, settings.image_height)
+    for _ in range(count):
+        chosen = random.integers(len(scans), size=DIGITS_IN_A_SCENE)
+        canvas = np.zeros((settings.image_height, settings.image_width), np.uint8)
+        for place, scan in enumerate(chosen):
+            side = int(random.integers(settings.min_digit_side, largest + 1))
+            angle = random.uniform(-settings.max_rotation, settings.max_rotation)
+            drawn = _enlarged(scans.images[scan], side, angle)
+            x = place * half + int(random.integers(half - side + 1))
+            y = int(random.integers(settings.image_height - side + 1))
+            canvas[y : y + side, x : x + side] = drawn
+        digits, numbers = scans.digits[chosen], scans.numbers[chosen]
+        yield Scene(Image.fromarray(canvas), tuple(map(int, digits)), tuple(map(int, numbers)))
+
+
+def _enlarged(scan: np.ndarray, side: int, angle: float) -> np.ndarray:
+    image = Image.fromarray((scan * 255 / _SCAN_LEVELS).astype(np.uint8))
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC).rotate(angle, Image.Resampling.BICUBIC))
+
+
+def write_scenes(
+    folder: Path,
+    scenes: Iterator[Scene],
+    count: int,
+    questions: Sequence[Question],
+    *,
+    console: Console | None = None,
+    label: str = "Scenes",
+) -> list[Scene]:
+    """Writes `images/00000.png` … and, for each question, `<name>.jsonl` with one row a scene; returns the scenes.
+
+    A row is what a user would write: `messages` with the path of the image, and columns that say what is in it.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    written: list[Scene] = []
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        with progress(console, label, count) as advance:
+            for number, scene in enumerate(scenes):
+                scene.image.save(folder / "images" / f"{number:05d}.png", compress_level=1)
+                written.append(scene)
+                advance(1)
+        for question in questions:
+            lines = (json.dumps(_row(f"images/{number:05d}.png", scene, question)) for number, scene in enumerate(written))
+            rows_file(folder, question).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"Scenes cannot be written to {folder}: {error.strerror or error}. Choose another --output.") from error
+    return written
+
+
+def rows_file(folder: Path, question: Question) -> Path:
+    """Where the rows of a question lie."""
+    return folder / f"{question.name.replace(' ', '_')}.jsonl"
+
+
+def _row(image: str, scene: Scene, question: Question) -> dict[str, object]:
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": question.answer(scene.digits)}],
+        "digits": list(scene.digits),
+        "scans": list(scene.scans),
+    }
+
+
+def chance(question: Question, scenes: Sequence[Scene]) -> float:
+    """Accuracy of giving the most frequent answer to every scene: what can be had without looking."""
+    answers = [question.answer(scene.digits) for scene in scenes]
+    return max(answers.count(answer) for answer in set(answers)) / len(answers)
