@@ -169,13 +169,16 @@ class TestProducts:
     def test_small_updates_survive(self) -> None:
         assert product_dtype(0) == torch.float32
         layer = weight(4096, 4096)
-        x = torch.randn(4096, 4096, device="cuda", dtype=BF16)
         for std in (2e-5, 1e-4):
             small = adapter(layer, std=std)
-            exact = small.scaling * (x.double() @ small.down.double().T) @ small.up.double().T
-            with torch.no_grad():
-                seen = float8_project([layer], [small], x)[0].double() - float8_project([layer], [None], x)[0].double()
-            share = ((seen * exact).sum() / exact.pow(2).sum()).item()
+            seen_size = exact_size = 0.0
+            for _ in range(48):  # rounding noise is hundreds of times an update of 2e-5 and averages out only over many rows
+                x = torch.randn(4096, 4096, device="cuda", dtype=BF16)
+                exact = small.scaling * (x.double() @ small.down.double().T) @ small.up.double().T
+                with torch.no_grad():
+                    seen = float8_project([layer], [small], x)[0].double() - float8_project([layer], [None], x)[0].double()
+                seen_size, exact_size = seen_size + (seen * exact).sum().item(), exact_size + exact.pow(2).sum().item()
+            share = seen_size / exact_size
             print(f"share of an update of {std:g} that survives: {share:.3f}")
             assert 0.95 < share < 1.05
 
@@ -249,9 +252,13 @@ class TestModel:
 
         x = torch.randn(256, 512, device="cuda", dtype=BF16, requires_grad=True)
         parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
-        results = [torch.autograd.grad(f(x).float().square().sum(), parameters) for f in (run, torch.compile(run, fullgraph=True))]
-        for a, b in zip(*results, strict=True):
-            assert relative(a, b) < 0.02
+        eager, compiled = (torch.autograd.grad(f(x).float().square().sum(), parameters) for f in (run, torch.compile(run, fullgraph=True)))
+        # Compiled code rounds elsewhere, and a value on the edge between two float8 numbers then falls to the other side:
+        # what counts is that neither is further from the truth.
+        dequantize(model)
+        exact = torch.autograd.grad(run(x).float().square().sum(), parameters)
+        for a, b, truth in zip(eager, compiled, exact, strict=True):
+            assert relative(b, truth) < 1.1 * relative(a, truth) + 1e-3
 
     def test_memory(self) -> None:
         torch.cuda.empty_cache()

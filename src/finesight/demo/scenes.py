@@ -31,11 +31,22 @@ class Question:
     name: str  # in tables
     text: str
     answer: Callable[[Sequence[int]], str]  # from the digits, left to right
+    num_answers: int  # possible ones, all equally frequent
+
+    @property
+    def chance(self) -> float:
+        """Accuracy that can be had without looking, by one and the same answer to every scene."""
+        return 1 / self.num_answers
 
 
-READ = Question("read the number", "Read the number.", lambda digits: "".join(map(str, digits)))
-NEXT_DIGIT = Question("next digit", "Which digit comes after the last one?", lambda digits: str((digits[-1] + 1) % 10))
-PARITY = Question("odd or even", "Is it odd or even?", lambda digits: "odd" if digits[-1] % 2 else "even")
+def number(digits: Sequence[int]) -> str:
+    """The digits of a scene as they are read."""
+    return "".join(map(str, digits))
+
+
+READ = Question("read the number", "Read the number.", number, 10**DIGITS_IN_A_SCENE)
+NEXT_DIGIT = Question("next digit", "Which digit comes after the last one?", lambda digits: str((digits[-1] + 1) % 10), 10)
+PARITY = Question("odd or even", "Is it odd or even?", lambda digits: "odd" if digits[-1] % 2 else "even", 2)
 
 OLD_QUESTIONS = (READ,)
 NEW_QUESTIONS = (NEXT_DIGIT, PARITY)
@@ -86,16 +97,19 @@ def divide_scans(scans: Scans, held_out: int, seed: int) -> tuple[Scans, Scans]:
     """(to train on, held out), drawn at random.
 
     Raises:
-        DataError: nothing would be left on one side.
+        DataError: a digit would be missing on one side.
     """
-    if not 0 < held_out < len(scans):
-        raise DataError(f"{held_out} of {len(scans)} scans cannot be held out; at least one must stand on each side")
     order = np.random.default_rng([seed, 0]).permutation(len(scans))
-    return scans.take(order[held_out:]), scans.take(order[:held_out])
+    sides = scans.take(order[held_out:]), scans.take(order[:held_out])
+    if any(len(set(side.digits.tolist())) < 10 for side in sides):
+        raise DataError(f"With {held_out} of {len(scans)} scans held out not every digit is on both sides; hold out about a fifth")
+    return sides
 
 
 def compose(scans: Scans, count: int, settings: SceneSettings, stream: Sequence[int]) -> Iterator[Scene]:
     """Scenes of two scans each: enlarged, turned a little, and put at random into the halves of a dark image.
+
+    Each digit is drawn first and a scan of it then, so that all answers are equally frequent.
 
     Args:
         stream: seeds of the draws; equal ones give equal scenes.
@@ -103,8 +117,9 @@ def compose(scans: Scans, count: int, settings: SceneSettings, stream: Sequence[
     random = np.random.default_rng(list(stream))
     half = settings.image_width // DIGITS_IN_A_SCENE
     largest = min(settings.max_digit_side, half, settings.image_height)
+    places_of = [np.flatnonzero(scans.digits == digit) for digit in range(10)]
     for _ in range(count):
-        chosen = random.integers(len(scans), size=DIGITS_IN_A_SCENE)
+        chosen = np.array([random.choice(places_of[digit]) for digit in random.integers(10, size=DIGITS_IN_A_SCENE)])
         canvas = np.zeros((settings.image_height, settings.image_width), np.uint8)
         for place, scan in enumerate(chosen):
             side = int(random.integers(settings.min_digit_side, largest + 1))
@@ -166,9 +181,3 @@ def _row(image: str, scene: Scene, question: Question) -> dict[str, object]:
         "digits": list(scene.digits),
         "scans": list(scene.scans),
     }
-
-
-def chance(question: Question, scenes: Sequence[Scene]) -> float:
-    """Accuracy of giving the most frequent answer to every scene: what can be had without looking."""
-    answers = [question.answer(scene.digits) for scene in scenes]
-    return max(answers.count(answer) for answer in set(answers)) / len(answers)

@@ -47,7 +47,7 @@ class NewQuestions:
     """Stage 3: an adapter learns the new questions."""
 
     scenes: int = 4000  # every new question is asked about each
-    max_steps: int = 300
+    max_steps: int = 400
     train_batch_size: int = 64
     learning_rate: float = 5e-3
     warmup_steps: int = 50

@@ -27,10 +27,10 @@ from finesight.demo.scenes import (
     Question,
     Scans,
     Scene,
-    chance,
     compose,
     divide_scans,
     load_scans,
+    number,
     rows_file,
     write_scenes,
 )
@@ -81,7 +81,19 @@ def run_demo(
         FinesightError: scikit-learn is missing, the folder cannot be written, or a stage failed.
         KeyboardInterrupt: training was interrupted.
     """
-    return _Demo(Path(output_dir), seed, settings or DemoSettings(), console or Console()).run()
+    with _one_thread():
+        return _Demo(Path(output_dir), seed, settings or DemoSettings(), console or Console()).run()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small gain nothing from a second thread, and lose much where another program has the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Demo:
@@ -182,7 +194,8 @@ class _Demo:
         (folder / "a_few.jsonl").write_text("".join(f"{line}\n" for line in asked), encoding="utf-8")
         arguments = ["predict", str(folder / "a_few.jsonl"), "--adapter", str(adapter), "--output", str(output)]
         self._say(f"$ finesight {' '.join(arguments)}")
-        ran = subprocess.run([sys.executable, "-m", "finesight", *arguments], capture_output=True, text=True, check=False)
+        with self.console.status("Waiting for the answers"):
+            ran = subprocess.run([sys.executable, "-m", "finesight", *arguments], capture_output=True, text=True, check=False)
         if ran.returncode != 0:
             raise EvaluationError(f"The fresh process could not answer (status {ran.returncode}): {ran.stderr.strip()}")
         answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
@@ -201,7 +214,8 @@ class _Demo:
             metrics=self.folders.new_run / METRICS,
             notes=[
                 f"A tiny Qwen3-VL that could only answer “{old}” learned to answer “{new}” with an adapter on its language model. "
-                f"No scan of a digit in these held-out scenes was trained on. Seed {self.seed}."
+                f"No scan of a digit in these held-out scenes was trained on. Seed {self.seed}.",
+                f"Chance: {', '.join(f'{question.name} {question.chance:.0%}' for question in QUESTIONS)}.",
             ],
         )
 
@@ -217,7 +231,7 @@ class _Demo:
                 "question": question.text,
                 "kind": "new" if question in NEW_QUESTIONS else "old",
                 "held_out_scenes": now.num_samples,
-                "chance": chance(question, held_out),
+                "chance": question.chance,
                 "before": was.accuracy,
                 "before_low": was.low,
                 "before_high": was.high,
@@ -234,6 +248,7 @@ class _Demo:
             "tasks": tasks,
             "held_out_scenes": len(held_out),
             "scans": {"training": len(self.train_scans), "held_out": len(self.held_out_scans)},
+            "new_questions_answered_with_the_number_before": _answered_with_number(before, held_out),
             "parameters": {"adapter": result.parameters.trainable, "with_base": result.parameters.total},
             "stages": self.stages,
             "answers": answers,
@@ -247,10 +262,19 @@ class _Demo:
     def _conclude(self, summary: dict[str, Any], path: Path) -> None:
         self.console.print()
         self.console.print(figures_table(summary))
-        self._say("Chance is the accuracy of one and the same answer to every scene.")
+        share = summary["new_questions_answered_with_the_number_before"]
+        self._say(
+            f"Chance: one and the same answer to every scene. Before, {share:.0%} of the answers to the new questions were the number itself."
+        )
         forgotten = [task["task"] for task in summary["tasks"] if task["kind"] == "old" and task["after"] < task["before"] - 0.05]
         if forgotten:
             self._say(f"Forgotten: {', '.join(forgotten)}. Rows of the old kind among the new ones would have kept it.")
         self.console.print(seconds_table(summary))
         self._say(f"Adapter: {summary['adapter']}\nReport:  {summary['report']}\nFigures: {path}")
         self._say(f"Done in {duration(summary['seconds'])}.")
+
+
+def _answered_with_number(result: EvaluationResult, scenes: Sequence[Scene]) -> float:
+    """Share of the answers to new questions that are the number in the scene."""
+    answers = [record for question in NEW_QUESTIONS for record in result.records_of(question.name)]
+    return sum(record.answer == number(scenes[record.row].digits) for record in answers) / len(answers)

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 
+# By default results that only feed a matrix product of the backward pass, or that are used far apart, are kept too. What
+# stays kept are operators that the compiler has no reason to think cheap: products and attention.
+_KEEP_PRODUCTS_ONLY = {
+    "ban_recompute_materialized_backward": False,
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_reductions": False,
+}
 # Lengths of packs are rounded up to a multiple of this: matrix products then meet few and well-aligned shapes.
 STEADY_TOKENS = 128
 
@@ -19,10 +28,13 @@ class CompiledFunction:
     Args:
         function: of tensors and modules.
         say: is told why compiling failed.
+        keep_products_only: let the compiler keep results of costly operations alone for the backward pass and compute the
+            rest again: the activation policy selective, which checkpointing inside compiled code would compile anew for
+            each layer.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], say: Callable[[str], None]) -> None:
-        self.function, self.say = function, say
+    def __init__(self, function: Callable[..., torch.Tensor], say: Callable[[str], None], *, keep_products_only: bool = False) -> None:
+        self.function, self.say, self.keep_products_only = function, say, keep_products_only
         # Dynamic: the number of tokens differs from pack to pack, and a graph for each would cost seconds every time.
         self._compiled: Callable[..., torch.Tensor] | None = torch.compile(function, dynamic=True)
 
@@ -30,7 +42,8 @@ class CompiledFunction:
         if self._compiled is None:
             return self.function(*arguments)
         try:
-            return self._compiled(*arguments)
+            with functorch_config.patch(_KEEP_PRODUCTS_ONLY if self.keep_products_only else {}):
+                return self._compiled(*arguments)
         except _failures() as error:
             self._compiled = None
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)

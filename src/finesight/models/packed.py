@@ -60,9 +60,12 @@ class PackedModel(nn.Module):
         self.tower_shape = TowerShape.of(self.base.model.visual.config)
         self.feature_cache: FeatureCache | None = None  # kept features of a frozen tower; set by whoever owns the budget
         self._offload = Offload()
-        layer, block = (selectively(run_layer), selectively(run_block)) if self.policy == "selective" else (run_layer, run_block)
-        self._run_layer = CompiledFunction(layer, say) if compile_layers else layer
-        self._run_block = CompiledFunction(block, say) if compile_layers else block
+        selective = self.policy == "selective"
+        if compile_layers:
+            self._run_layer: Callable[..., torch.Tensor] = CompiledFunction(run_layer, say, keep_products_only=selective)
+            self._run_block: Callable[..., torch.Tensor] = CompiledFunction(run_block, say, keep_products_only=selective)
+        else:
+            self._run_layer, self._run_block = (selectively(run_layer), selectively(run_block)) if selective else (run_layer, run_block)
 
     @property
     def base(self) -> PreTrainedModel:
