@@ -1,10 +1,15 @@
-"""Real-dimension Qwen-VL models with random weights, made on the device: speed and memory depend on shapes, not values."""
+"""Real-dimension Qwen-VL models with random weights, made on the device: speed and memory depend on shapes, not values.
+
+Two tiny models of the same classes let every script be tried on a CPU; their vocabulary is the single bytes.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
-from torch import nn
+from transformers import PreTrainedModel
 
 TOKEN_IDS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
 
@@ -19,20 +24,36 @@ QWEN2_5_VL = {  # hidden, layers, MLP, heads, key-value heads, tied
     "qwen2.5-vl-3b": (2048, 36, 11008, 16, 2, True),
     "qwen2.5-vl-7b": (3584, 28, 18944, 28, 4, False),
 }
-NAMES = (*QWEN3_VL, *QWEN2_5_VL)
+TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl")
+NAMES = (*QWEN3_VL, *QWEN2_5_VL, *TINY)
+# Ids of special tokens begin behind the vocabulary's last rank: here behind the 256 single bytes.
+TINY_TOKEN_IDS = {name: token - 151643 + 256 for name, token in TOKEN_IDS.items()}
+
+
+def is_qwen3(name: str) -> bool:
+    """Whether a model is a Qwen3-VL; otherwise it is a Qwen2.5-VL.
+
+    Raises:
+        ValueError: there is no such model here.
+    """
+    if name not in NAMES:
+        raise ValueError(f"{name!r} is none of {', '.join(NAMES)}")
+    return name in QWEN3_VL or name == "tiny-qwen3-vl"
 
 
 def configuration(name: str, layers: int | None = None) -> transformers.PreTrainedConfig:
     """The published dimensions of a model, with fewer layers if asked."""
-    if name in QWEN3_VL:
+    if name in TINY:
+        return _tiny_configuration(name, layers)
+    if is_qwen3(name):
         (hidden, depth, mlp, heads, kv, tied), (tower_depth, tower_hidden, tower_mlp, levels) = QWEN3_VL[name]
-        text = dict(
+        text: dict[str, Any] = dict(
             hidden_size=hidden, num_hidden_layers=layers or depth, intermediate_size=mlp, num_attention_heads=heads, num_key_value_heads=kv,
             head_dim=128, vocab_size=151936, max_position_embeddings=262144, rms_norm_eps=1e-6, eos_token_id=151645, bos_token_id=151643,
             tie_word_embeddings=tied,
             rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
         )  # fmt: skip
-        tower = dict(
+        tower: dict[str, Any] = dict(
             depth=tower_depth, hidden_size=tower_hidden, intermediate_size=tower_mlp, num_heads=16, patch_size=16, spatial_merge_size=2,
             temporal_patch_size=2, out_hidden_size=hidden, deepstack_visual_indexes=levels, num_position_embeddings=2304,
         )  # fmt: skip
@@ -50,14 +71,39 @@ def configuration(name: str, layers: int | None = None) -> transformers.PreTrain
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=tied, **TOKEN_IDS)
 
 
-def build(name: str, device: str = "cuda", layers: int | None = None, dtype: torch.dtype = torch.bfloat16, std: float = 0.02) -> nn.Module:
-    """A model of these dimensions, normal random weights, made where it will be used."""
+def _tiny_configuration(name: str, layers: int | None) -> transformers.PreTrainedConfig:
+    text: dict[str, Any] = dict(
+        hidden_size=32, num_hidden_layers=layers or 3, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=288,
+        max_position_embeddings=4096, tie_word_embeddings=False, eos_token_id=258, bos_token_id=None,
+    )  # fmt: skip
+    tower: dict[str, Any] = dict(
+        depth=3, hidden_size=32, intermediate_size=48, num_heads=4, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32
+    )
+    if name == "tiny-qwen3-vl":
+        text |= dict(
+            head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+        )
+        tower |= dict(patch_size=16, deepstack_visual_indexes=[0, 1], num_position_embeddings=36)
+        return transformers.Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, **TINY_TOKEN_IDS)
+    text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]})
+    tower |= dict(patch_size=14, window_size=56, fullatt_block_indexes=[1])
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False, **TINY_TOKEN_IDS)
+
+
+def outline(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model of these dimensions on the meta device: modules and shapes, no weights."""
     config = configuration(name, layers)
     config.dtype = dtype
-    kind = transformers.Qwen3VLForConditionalGeneration if name in QWEN3_VL else transformers.Qwen2_5_VLForConditionalGeneration
+    kind = transformers.Qwen3VLForConditionalGeneration if is_qwen3(name) else transformers.Qwen2_5_VLForConditionalGeneration
     with torch.device("meta"):
-        model = kind(config)
-    model = model.to(dtype).to_empty(device=device)
+        return kind(config).to(dtype)
+
+
+def build(
+    name: str, device: str = "cuda", layers: int | None = None, dtype: torch.dtype = torch.bfloat16, std: float = 0.02
+) -> PreTrainedModel:
+    """A model of these dimensions, normal random weights, made where it will be used."""
+    model = outline(name, layers, dtype).to_empty(device=device)
     generator = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -73,9 +119,9 @@ def build(name: str, device: str = "cuda", layers: int | None = None, dtype: tor
     return model
 
 
-def _restore_frequencies(module: nn.Module, device: str) -> None:
-    if hasattr(module, "compute_default_rope_parameters"):
-        frequencies = module.compute_default_rope_parameters(module.config, device)[0].to(device)
+def _restore_frequencies(module: Any, device: str) -> None:
+    if hasattr(module, "config"):
+        frequencies = type(module)(module.config).inv_freq.to(device)
     else:
         size = module.inv_freq.shape[0] * 2
         frequencies = 1.0 / (10000.0 ** (torch.arange(0, size, 2, dtype=torch.float, device=device) / size))

@@ -135,3 +135,14 @@ def test_filling_tokens_change_nothing() -> None:
     for name in ("predict_from", "token", "weight", "sequence"):
         assert getattr(filled, name).tolist() == getattr(plain, name).tolist()
     assert (filled.layout.max_queries, len(filled.layout.cu_queries)) == (128, 65)
+
+
+def test_packs_are_few_and_even() -> None:
+    """Best fit alone would fill three packs to the brim and leave a fourth nearly empty."""
+    lengths = [50, 50, 40, 40, 30, 30, 20, 20, 10, 10]
+    samples = [sample(list(range(1000 * i, 1000 * i + n))) for i, n in enumerate(lengths)]
+    plans = pack_step(samples, token_budget=100, share=False)
+    assert sorted(plan.num_tokens for plan in plans) == [100, 100, 100]
+    plans = pack_step(samples, token_budget=95, share=False)
+    assert len(plans) == 4
+    assert max(p.num_tokens for p in plans) - min(p.num_tokens for p in plans) <= 20

@@ -16,6 +16,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Any
 
@@ -168,26 +169,48 @@ class PackPlan:
 def pack_step(samples: Sequence[Sample], *, token_budget: int, share: bool) -> list[PackPlan]:
     """Lays out the samples of one optimizer step as packs of at most `token_budget` tokens.
 
-    Trees go, largest first, into the fullest pack that still has room (best-fit decreasing). A tree larger than the
-    budget is divided: its prefix is then computed more than once. A single sample larger than the budget gets a pack of
-    its own; whether that is allowed was decided when it was encoded.
+    As few packs as will do, and these even: a nearly empty pack costs almost as much time as a full one. A tree larger
+    than the budget is divided: its prefix is then computed more than once. A single sample larger than the budget gets a
+    pack of its own; whether that is allowed was decided when it was encoded.
 
     Args:
         share: whether samples that begin alike are joined into one tree.
     """
-    trees = grow_forest(samples, token_budget=token_budget, share=share)
-    bins: list[list[Tree]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
-    for tree in sorted(trees, key=lambda t: -t.num_tokens):
+    trees = sorted(grow_forest(samples, token_budget=token_budget, share=share), key=lambda tree: -tree.num_tokens)
+    tight = _best_fit(trees, token_budget)
+    fewest = -(-sum(tree.num_tokens for tree in trees) // token_budget)
+    for count in range(fewest, len(tight) + 1):
+        even = _spread(trees, count)
+        if max(sum(tree.num_tokens for tree in pack) for pack in even) <= token_budget:
+            return [_plan(samples, pack) for pack in even]
+    return [_plan(samples, pack) for pack in tight]
+
+
+def _best_fit(trees: Sequence[Tree], token_budget: int) -> list[list[Tree]]:
+    """Trees, largest first, each into the fullest pack that still has room (best-fit decreasing)."""
+    packs: list[list[Tree]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, pack), sorted
+    for tree in trees:
         at = bisect_left(room, (tree.num_tokens, -1))
         if at == len(room):
-            bins.append([tree])
-            insort(room, (token_budget - tree.num_tokens, len(bins) - 1))
+            packs.append([tree])
+            insort(room, (token_budget - tree.num_tokens, len(packs) - 1))
         else:
             left, index = room.pop(at)
-            bins[index].append(tree)
+            packs[index].append(tree)
             insort(room, (left - tree.num_tokens, index))
-    return [_plan(samples, trees) for trees in bins]
+    return packs
+
+
+def _spread(trees: Sequence[Tree], count: int) -> list[list[Tree]]:
+    """Trees, largest first, each into the emptiest of `count` packs (Graham's longest processing time first)."""
+    packs: list[list[Tree]] = [[] for _ in range(count)]
+    loads = [(0, index) for index in range(count)]
+    for tree in trees:
+        load, index = heappop(loads)
+        packs[index].append(tree)
+        heappush(loads, (load + tree.num_tokens, index))
+    return [pack for pack in packs if pack]
 
 
 def grow_forest(samples: Sequence[Sample], *, token_budget: int, share: bool) -> list[Tree]:

@@ -50,8 +50,14 @@ def reading_recipe(start: Path, run_dir: Path, folders: DemoFolders, settings: D
     return _parse(start, dtype, tuning, training, _sources(folders.reading_scenes, OLD_QUESTIONS))
 
 
-def new_questions_recipe(base: Path, folders: DemoFolders, settings: DemoSettings, *, seed: int, dtype: str) -> Recipe:
-    """Stages 2 to 4: an adapter on the language model, the tower frozen; all questions are judged on held-out scenes."""
+def new_questions_recipe(
+    base: Path, folders: DemoFolders, settings: DemoSettings, *, seed: int, dtype: str, keep_old: bool = False
+) -> Recipe:
+    """Stages 2 to 4: an adapter on the language model, the tower frozen; all questions are judged on held-out scenes.
+
+    Args:
+        keep_old: train on the rows of the old questions too.
+    """
     training = {
         "output_dir": str(folders.new_run),
         **_common(settings.new, seed),
@@ -63,7 +69,7 @@ def new_questions_recipe(base: Path, folders: DemoFolders, settings: DemoSetting
         "batch_size": settings.judging.batch_size,
     }
     tuning = {"method": "lora", "r": settings.new.r, "lora_alpha": settings.new.lora_alpha}
-    return _parse(base, dtype, tuning, training, _sources(folders.new_scenes, NEW_QUESTIONS), evaluation)
+    return _parse(base, dtype, tuning, training, _sources(folders.new_scenes, QUESTIONS if keep_old else NEW_QUESTIONS), evaluation)
 
 
 def _common(settings: Reading | NewQuestions, seed: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from finesight.errors import DataError
 from finesight.training.telemetry import progress
 
 DIGITS_IN_A_SCENE = 2
+IMAGES = "images"
 _SCAN_LEVELS = 16  # of grey in a scan
 
 
@@ -39,18 +41,25 @@ class Question:
         return 1 / self.num_answers
 
 
-def number(digits: Sequence[int]) -> str:
-    """The digits of a scene as they are read."""
-    return "".join(map(str, digits))
+def _plus_one(place: int) -> Callable[[Sequence[int]], str]:
+    return lambda digits: str(digits[place] + 1)
 
 
-READ = Question("read the number", "Read the number.", number, 10**DIGITS_IN_A_SCENE)
-NEXT_DIGIT = Question("next digit", "Which digit comes after the last one?", lambda digits: str((digits[-1] + 1) % 10), 10)
-PARITY = Question("odd or even", "Is it odd or even?", lambda digits: "odd" if digits[-1] % 2 else "even", 2)
+def _parity(place: int) -> Callable[[Sequence[int]], str]:
+    return lambda digits: "odd" if digits[place] % 2 else "even"
 
-OLD_QUESTIONS = (READ,)
-NEW_QUESTIONS = (NEXT_DIGIT, PARITY)
+
+READ = Question("read the number", "Read the number.", lambda digits: "".join(map(str, digits)), 10**DIGITS_IN_A_SCENE)
+FIRST_PLUS_ONE = Question("first plus one", "What is the first digit plus one?", _plus_one(0), 10)
+FIRST_PARITY = Question("first odd or even", "Is the first digit odd or even?", _parity(0), 2)
+LAST_PLUS_ONE = Question("last plus one", "What is the last digit plus one?", _plus_one(-1), 10)
+LAST_PARITY = Question("last odd or even", "Is the last digit odd or even?", _parity(-1), 2)
+
+OLD_QUESTIONS = (READ, FIRST_PLUS_ONE, FIRST_PARITY)
+NEW_QUESTIONS = (LAST_PLUS_ONE, LAST_PARITY)
 QUESTIONS = (*NEW_QUESTIONS, *OLD_QUESTIONS)
+# What stage 1 asks about each scene, in turn: reading is the harder part.
+READING_TURNS = (READ, FIRST_PLUS_ONE, READ, FIRST_PARITY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,36 +146,51 @@ def _enlarged(scan: np.ndarray, side: int, angle: float) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC).rotate(angle, Image.Resampling.BICUBIC))
 
 
-def write_scenes(
-    folder: Path,
-    scenes: Iterator[Scene],
-    count: int,
-    questions: Sequence[Question],
-    *,
-    console: Console | None = None,
-    label: str = "Scenes",
-) -> list[Scene]:
-    """Writes `images/00000.png` … and, for each question, `<name>.jsonl` with one row a scene; returns the scenes.
-
-    A row is what a user would write: `messages` with the path of the image, and columns that say what is in it.
+def write_scenes(folder: Path, scenes: Iterator[Scene], count: int, *, console: Console | None = None) -> list[Scene]:
+    """Writes `images/00000.png` and so on; returns the scenes.
 
     Raises:
         DataError: the folder cannot be written.
     """
     written: list[Scene] = []
-    try:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        with progress(console, label, count) as advance:
-            for number, scene in enumerate(scenes):
-                scene.image.save(folder / "images" / f"{number:05d}.png", compress_level=1)
-                written.append(scene)
-                advance(1)
+    with _writing(folder), progress(console, f"Scenes into {folder}", count) as advance:
+        (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        for scene in scenes:
+            scene.image.save(folder / image_name(len(written)), compress_level=1)
+            written.append(scene)
+            advance(1)
+    return written
+
+
+def write_rows(folder: Path, scenes: Sequence[Scene], questions: Sequence[Question], turns: Sequence[Question] | None = None) -> None:
+    """Writes one file of rows for each question, as a user would: `messages` with the path of the image.
+
+    Beside the messages a row says which digits its scene shows and which scans of the data set these are.
+
+    Args:
+        turns: scene i is asked turns[i % len(turns)] alone; None: every question.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    with _writing(folder):
         for question in questions:
-            lines = (json.dumps(_row(f"images/{number:05d}.png", scene, question)) for number, scene in enumerate(written))
+            asked = [(place, scene) for place, scene in enumerate(scenes) if turns is None or turns[place % len(turns)] is question]
+            lines = (json.dumps(_row(image_name(place), scene, question)) for place, scene in asked)
             rows_file(folder, question).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"Scenes cannot be written to {folder}: {error.strerror or error}. Choose another --output.") from error
-    return written
+
+
+def image_name(place: int) -> str:
+    """The file of a scene, from its folder."""
+    return f"{IMAGES}/{place:05d}.png"
 
 
 def rows_file(folder: Path, question: Question) -> Path:

@@ -47,6 +47,7 @@ class NewQuestions:
     """Stage 3: an adapter learns the new questions."""
 
     scenes: int = 4000  # every new question is asked about each
+    old_share: float = 0.1  # of them the old questions are asked about too, where those are to be kept
     max_steps: int = 400
     train_batch_size: int = 64
     learning_rate: float = 5e-3
@@ -70,6 +71,7 @@ class Judging:
 class DemoSettings:
     """Everything together."""
 
+    dtype: str = "auto"  # of the weights: float32 on a CPU, bfloat16 on a GPU that has it
     scene: SceneSettings = field(default_factory=SceneSettings)
     model: ModelSize = field(default_factory=ModelSize)
     reading: Reading = field(default_factory=Reading)

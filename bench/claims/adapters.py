@@ -1,0 +1,31 @@
+"""What adapters cost over the frozen base alone, and how much of a small update is found in the output."""
+
+from __future__ import annotations
+
+from bench.claim import Claim, Finding, Rows, Run, main
+from bench.comparison import single
+from bench.rows import significant
+
+RUN = Run("cost", "bench.adapter_cost", ("--model", "{model}", "--checkpoint", "{checkpoint}", "--budget", "8192", "--compile"))
+
+
+def judge(rows: Rows) -> list[Finding]:
+    adapted, frozen, survival = (single(rows, "cost", what=what) for what in ("adapted", "frozen_base", "survival"))
+    slower = "adapters slower than the frozen base alone, forward and backward"
+    survives = "of a 2e-5 update found in the output"
+    return [
+        Finding(slower, 10, None, "%", at_most=True, reason="one of the rows is missing")
+        if adapted is None or frozen is None
+        else Finding(
+            slower, 10, significant(100 * (adapted["median_s"] / frozen["median_s"] - 1), 3), "%", at_most=True, compared=("cost",)
+        ),
+        Finding(survives, 95, None, "%")
+        if survival is None
+        else Finding(survives, 95, significant(100 * survival["shares"]["ours"], 3), "%", compared=("cost",)),
+    ]
+
+
+CLAIM = Claim("adapters", "Adapters against the frozen base, and what becomes of a small update", (RUN,), judge)
+
+if __name__ == "__main__":
+    main(CLAIM)

@@ -1,0 +1,73 @@
+"""What a float8 base gains over our own bf16, in what memory, and what it does to the loss."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+from bench.claim import Claim, Finding, Row, Rows, main
+from bench.claims.settings import our_run
+from bench.comparison import compared, single
+from bench.rows import significant
+
+LONG = ("--steps", "200", "--batch", "32", "--learning-rate", "1e-4", "--warm", "6")
+FIRST_LOSSES = 3
+LAST_LOSSES = 10  # their mean is compared: single ones scatter
+
+
+def judge(rows: Rows) -> list[Finding]:
+    bf16, fp8, again = (single(rows, label) for label in ("ours", "ours-fp8", "ours-fp8-again"))
+    return [
+        compared("float8 base over our own bf16", 1.45, fp8, bf16),
+        _copies(bf16, fp8),
+        _first_losses("first losses of two float8 runs of one seed", fp8, again),
+        _first_losses("first losses of float8 against bf16, one seed", fp8, bf16, count=1),
+        _last_losses(single(rows, "ours-200"), single(rows, "ours-fp8-200")),
+    ]
+
+
+def _copies(bf16: Row | None, fp8: Row | None) -> Finding:
+    what = "copies of the float8 weights in memory"
+    if bf16 is None or fp8 is None:
+        return Finding(what, 1.05, None, "", at_most=True, reason="one of the rows is missing")
+    if bf16["precision"] != "bf16":
+        return Finding(what, 1.05, None, "", at_most=True, reason=f"the row compared with is in {bf16['precision']}")
+    # Each weight of the projections takes two bytes in bf16, and one for each copy in float8.
+    each = fp8["projection_weights"] / 2**30
+    return Finding(
+        what, 1.05, significant(2 + (fp8["weights_gib"] - bf16["weights_gib"]) / each, 3), "", at_most=True, compared=("ours-fp8", "ours")
+    )
+
+
+def _first_losses(what: str, row: Row | None, other: Row | None, count: int = FIRST_LOSSES) -> Finding:
+    if row is None or other is None:
+        return Finding(what, 0.1, None, "%", at_most=True, reason="one of the rows is missing")
+    worst = max(abs(a / b - 1) for a, b in zip(row["losses"][:count], other["losses"][:count], strict=True))
+    return Finding(what, 0.1, significant(100 * worst, 3), "%", at_most=True, compared=(row["label"], other["label"]))
+
+
+def _last_losses(bf16: Row | None, fp8: Row | None) -> Finding:
+    what = f"loss after 200 steps, float8 against bf16 (mean of the last {LAST_LOSSES})"
+    if bf16 is None or fp8 is None:
+        return Finding(what, 1.0, None, "%", at_most=True, reason="one of the rows is missing")
+    if min(len(row["losses"]) for row in (bf16, fp8)) < 200:
+        return Finding(what, 1.0, None, "%", at_most=True, reason="the runs ended before step 200")
+    ours, theirs = (statistics.fmean(row["losses"][-LAST_LOSSES:]) for row in (fp8, bf16))
+    return Finding(what, 1.0, significant(100 * abs(ours / theirs - 1), 3), "%", at_most=True, compared=(fp8["label"], bf16["label"]))
+
+
+CLAIM = Claim(
+    "fp8_over_bf16",
+    "A float8 base against our own bf16",
+    (
+        our_run(),
+        our_run("ours-fp8", "--fp8"),
+        replace(our_run("ours-fp8-again", "--fp8"), repeats=True),
+        our_run("ours-fp8-200", "--fp8", *LONG),
+        our_run("ours-200", *LONG),
+    ),
+    judge,
+)
+
+if __name__ == "__main__":
+    main(CLAIM)
