@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TaskID
+
+from finesight.training.telemetry import progress_bars
 
 Report = Callable[[str, int, int], None]  # (task, done, total)
 
@@ -21,15 +23,7 @@ def task_progress(console: Console) -> Iterator[Report]:
             )
         )
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
+    with progress_bars(console) as bars:
         started: dict[str, TaskID] = {}
 
         def report(task: str, done: int, total: int) -> None:

@@ -259,6 +259,19 @@ class Telemetry:
         return Group(table, self._progress)
 
 
+def progress_bars(console: Console) -> Progress:
+    """Bars with what is done, the time it took and the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
 @contextmanager
 def progress(console: Console | None, description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with the time left for a long step of preparation; plain lines where there is no terminal.
@@ -269,15 +282,7 @@ def progress(console: Console | None, description: str, total: int) -> Iterator[
         yield lambda count: None
         return
     if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
+        with progress_bars(console) as bar:
             task = bar.add_task(description, total=total)
             yield lambda count: bar.advance(task, count)
         return
