@@ -218,7 +218,16 @@ class _Demo:
             ran = subprocess.run([sys.executable, "-m", "finesight", *arguments], capture_output=True, text=True, check=False)
         if ran.returncode != 0:
             raise EvaluationError(f"The fresh process could not answer (status {ran.returncode}): {ran.stderr.strip()}")
-        answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        answers = [
+            {
+                "image": Path(record["images"][0]).name,
+                "question": record["question"],
+                "answer": record["answer"],
+                "expected": record["expected"],
+            }
+            for record in records
+        ]
         self.console.print(answers_table(answers))
         return answers
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,5 +62,5 @@ def answers_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     for answer in answers:
         right = answer["answer"] == answer["expected"]
         shown = Text(answer["answer"], style="green" if right else "red")
-        table.add_row(", ".join(Path(image).name for image in answer["images"]), answer["question"], shown, answer["expected"])
+        table.add_row(answer["image"], answer["question"], shown, answer["expected"])
     return table
