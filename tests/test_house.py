@@ -29,12 +29,12 @@ LAYERS: list[tuple[str, ...]] = [
     ("data", "planner"),
     ("geometry",),
     ("families", "recipe"),
-    ("errors",),
+    ("errors", "foreign_names"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Modules that must stay importable without torch, and therefore everything that they import.
 TORCH_FREE = (
-    "__init__", "__main__", "errors", "families", "recipe", "geometry", "data.conversation", "data.sample",
+    "__init__", "__main__", "errors", "foreign_names", "families", "recipe", "geometry", "data.conversation", "data.sample",
     "cli", "cli.app", "cli.init", "cli.reference", "cli.version",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "sklearn")

@@ -228,3 +228,35 @@ class TestWholeRecipe:
         names = all_setting_names()
         assert len(names) == len(set(names))
         assert {"training.learning_rate", "data.train.columns.image", "evaluation.tasks.grader"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "expected"),
+    [
+        ("tuning", "lora_rank", "tuning.r"),
+        ("data", "image_max_pixels", "data.max_pixels"),
+        ("model", "adapter_name_or_path", "model.adapter"),
+        ("data", "cutoff_len", "data.max_length_tokens"),
+        ("training", "lr", "training.learning_rate"),
+        ("training", "bf16", "model.dtype"),
+        ("model", "load_in_4bit", "not there yet"),
+    ],
+)
+def test_names_of_other_trainers_get_the_right_one(section, name, expected):
+    with pytest.raises(RecipeError, match=expected.replace(".", r"\.")):
+        load_recipe(None, ["model.name_or_path=x", f"{section}.{name}=1"])
+
+
+def test_batch_names_are_answered_wherever_they_stand():
+    with pytest.raises(RecipeError, match="train_batch_size: 8"):
+        load_recipe(None, ["model.name_or_path=x", "per_device_train_batch_size=2", "gradient_accumulation_steps=4"])
+
+
+@pytest.mark.parametrize(("text", "said"), [("5", "'5%' or 'last 5'"), ("0.05", "'5%'")])
+def test_a_bare_number_is_no_hold_out(text, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(None, ["model.name_or_path=x", f"data.eval_split={text}"])
+
+
+def test_no_hold_out_can_be_said_in_words():
+    assert load_recipe(None, ["model.name_or_path=x", "data.eval_split=none"]).data.eval_split is None

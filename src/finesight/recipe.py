@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finesight.errors import RecipeError
+from finesight.foreign_names import BATCH_NAMES, FOREIGN_NAMES
 
 Tracker = Literal["tensorboard", "swanlab", "wandb", "mlflow", "trackio"]
 
@@ -128,6 +129,21 @@ class DataSettings(Settings):
             return [{"path": item} if isinstance(item, str) else item for item in value]
         return value
 
+    @field_validator("eval_split", mode="before")
+    @classmethod
+    def _no_bare_number(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().lower() in ("none", "null", "no", ""):
+            return None
+        try:
+            number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+        except ValueError:
+            return value
+        if number is not None:
+            raise ValueError(
+                f"a bare number does not say what it counts; write '{number * 100 if number < 1 else number:g}%' or 'last {max(1, int(number))}'"
+            )
+        return value
+
     @field_validator("eval_split", mode="after")
     @classmethod
     def _readable_split(cls, value: str | None) -> str | None:
@@ -224,18 +240,22 @@ class TrainingSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _steps_are_samples(cls, value: Any) -> Any:
-        """Names from other trainers that mean the same thing are answered with the equivalent."""
-        if isinstance(value, Mapping):
-            per_device = value.get("per_device_train_batch_size", value.get("batch_size"))
-            accumulation = value.get("gradient_accumulation_steps")
-            if per_device is not None or accumulation is not None:
-                a, b = int(per_device or 1), int(accumulation or 1)
-                raise ValueError(
-                    f"a step is a number of samples here: your batch of {a} × {b} is `train_batch_size: {a * b}` "
-                    "(times the number of GPUs, if there are several); remove "
-                    + " and ".join(k for k in ("per_device_train_batch_size", "batch_size", "gradient_accumulation_steps") if k in value)
-                )
+        _refuse_batch_names(value)
         return value
+
+
+def _refuse_batch_names(section: Any) -> None:
+    """Names of other trainers that make up a step are answered with the equivalent."""
+    given = {name: section[name] for name in BATCH_NAMES if name in section} if isinstance(section, Mapping) else {}
+    if not given:
+        return
+    try:
+        batch = int(given.get("per_device_train_batch_size", given.get("batch_size")) or 1)
+        accumulation = int(given.get("gradient_accumulation_steps") or 1)
+        equivalent = f"your batch of {batch} × {accumulation} is `train_batch_size: {batch * accumulation}` (times the number of GPUs, if there are several)"
+    except (TypeError, ValueError):
+        equivalent = "set training.train_batch_size"
+    raise ValueError(f"a step is a number of samples here: {equivalent}; remove {' and '.join(given)}")
 
 
 class TaskSettings(Settings):
@@ -271,6 +291,12 @@ class Recipe(Settings):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_are_samples(cls, value: Any) -> Any:
+        _refuse_batch_names(value)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         d, t, u = self.data, self.training, self.tuning
@@ -287,7 +313,9 @@ class Recipe(Settings):
             "training.load_best_model_at_end": t.load_best_model_at_end,
         }
         if d.eval_split is None and (asked := [name for name, on in needs_eval.items() if on]):
-            raise ValueError(f"{', '.join(asked)}: needs held-out rows; set data.eval_split, for example '5%'")
+            raise ValueError(
+                f"{', '.join(asked)}: needs held-out rows; set data.eval_split, for example '5%', or switch this off (eval_strategy: no)"
+            )
         if t.eval_strategy == "no" and (t.early_stopping_patience or t.load_best_model_at_end):
             raise ValueError("early stopping and load_best_model_at_end need training.eval_strategy: steps or epoch")
         if t.optim == "muon" and u.method != "full":
@@ -408,6 +436,8 @@ def _explain(problem: Any) -> str:
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
         known = _known_names(location[:-1])
+        if location[-1] in FOREIGN_NAMES:
+            return f"{name}: unknown setting; {FOREIGN_NAMES[location[-1]]}"
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         elsewhere = [path for path in all_setting_names() if path.rsplit(".", 1)[-1] == location[-1]]
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"

@@ -98,6 +98,11 @@ class TestJsonLines:
             (1, "line 3 is not valid JSON"), (2, "line 4"), (4, "line 6 is not written in UTF-8 (byte 7)"),
         ]  # fmt: skip
 
+    @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+    def test_column_of_a_line_that_is_cut(self, tmp_path: Path, end: str) -> None:
+        (tmp_path / "rows.jsonl").write_bytes(f'{json.dumps(ROWS[0])}\n{{"a": 1, "b": {end}'.encode())
+        assert "line 2 is not valid JSON: Expecting value at column 15" in read(tmp_path, "rows.jsonl").bad_rows[0].reason
+
     def test_a_hundred_thousand_rows_take_seconds(self, tmp_path: Path) -> None:
         (tmp_path / "images").mkdir()
         for seed in range(10):
@@ -276,10 +281,21 @@ class TestSavedFolders:
         result = read(tmp_path, "set", columns={"image": "image", "question": "q", "answer": "a"})
         assert texts(result) == [("Q", "A")]
 
+    def test_folder_without_data(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "notes" / "more").mkdir(parents=True)
+        (tmp_path / "notes" / "more" / "README.md").write_text("x")
+        for path in ("empty", "notes"):
+            with pytest.raises(DataError, match=rf"^{path} is a folder that holds no data file \(\.json, .*give the path of a file"):
+                read(tmp_path, path)
+
 
 class TestHubs:
     def test_huggingface_offline(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"somebody/some-charts cannot be loaded as a data set.*HF_ENDPOINT"):
+        with pytest.raises(
+            DataError,
+            match=r"somebody/some-charts cannot be loaded as a data set.*no file or folder somebody/some-charts here.*HF_ENDPOINT",
+        ):
             read(tmp_path, "somebody/some-charts")
 
     def test_modelscope_is_optional(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +307,12 @@ class TestHubs:
     @pytest.mark.parametrize("path", ["gone.json", "a/b/c", "../gone.parquet"])
     def test_what_cannot_be_a_hub_name(self, tmp_path: Path, path: str) -> None:
         with pytest.raises(DataError, match="does not exist"):
+            read(tmp_path, path)
+
+    @pytest.mark.parametrize("path", ["gone.jsonl", "data/gone.parquet", "gone.txt", "data/gone.csv"])
+    def test_missing_file_is_not_looked_up_on_a_hub(self, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets, "load_dataset", lambda **_: pytest.fail("a hub was asked"))
+        with pytest.raises(DataError, match=r"does not exist .*correct the path of the file \(data\.train\.0\.path"):
             read(tmp_path, path)
 
     def test_unknown_kind_of_file(self, tmp_path: Path) -> None:

@@ -108,6 +108,26 @@ class TestPolicy:
         with pytest.raises(MediaError, match=f"media_dir: {folder / 'images'} would make it resolve"):
             MediaPolicy().resolve("a.png", beside=folder)
 
+    def test_every_row_with_the_same_wrong_folder_is_hinted_at(self, folder: Path) -> None:
+        for number in range(60):
+            (folder / "images" / f"{number}.png").write_bytes(encoded(picture()))
+        policy = MediaPolicy()
+        for number in range(30):  # searched for in vain: these alone use up the searches
+            with pytest.raises(MediaError) as caught:
+                policy.resolve(f"gone/{number % 15}_.png", beside=folder)
+            assert "would make it resolve" not in str(caught.value)
+        for number in range(60):
+            with pytest.raises(MediaError, match=f"media_dir: {folder} would make it resolve"):
+                policy.resolve(f"wrong/images/{number}.png", beside=folder)
+        for number in range(10):
+            with pytest.raises(MediaError):
+                policy.resolve(f"gone/more_{number}.png", beside=folder)
+        with pytest.raises(MediaError, match=f"media_dir: {folder} would make it resolve"):
+            policy.resolve("other/images/1.png", beside=folder)
+        with pytest.raises(MediaError) as caught:
+            policy.resolve("1.png", beside=folder)  # would need one search more
+        assert "would make it resolve" not in str(caught.value)
+
     def test_media_dir_stands_for_one_folder_only(self, folder: Path) -> None:
         """Or train/a.png and val/a.png would silently be the same picture."""
         policy = MediaPolicy(media_dir=folder / "images")

@@ -145,6 +145,16 @@ def test_what_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
         load_processor(folder)
 
 
+def test_the_folder_of_a_run_leads_to_what_was_trained(tmp_path: Path) -> None:
+    for kind, file in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        inside = tmp_path / f"run_{kind}" / kind
+        inside.mkdir(parents=True)
+        change(inside / file)
+        setting = {"adapter": "model.adapter", "model": "model.name_or_path"}[kind]
+        with pytest.raises(ModelError, match=rf"holds no config\.json\. What was trained is in it: set {setting} to {inside}"):
+            load_processor(inside.parent)
+
+
 def test_parts_of_different_models_are_refused(folder: Path) -> None:
     change(folder / "preprocessor_config.json", patch_size=14)
     with pytest.raises(ModelError, match=r"patch_size=14.* expects .*patch_size=16"):
@@ -165,7 +175,7 @@ def test_other_models_are_refused(folder: Path) -> None:
 
 
 def test_a_name_that_is_not_cached_is_refused_without_a_network() -> None:
-    with pytest.raises(ModelError, match=r"Qwen/no-such-model: config\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"Qwen/no-such-model: config\.json cannot be read: .*there is no folder Qwen/no-such-model here"):
         load_processor("Qwen/no-such-model")
 
 

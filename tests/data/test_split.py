@@ -121,3 +121,21 @@ def test_paths_are_read_as_the_training_source_is() -> None:
     assert held_out_source(data.model_copy(update={"eval_split": None})) is None
     with pytest.raises(DataError, match="is a path"):
         hold_out(rows((1,), (2,)), "eval.jsonl", seed=0)
+
+
+@pytest.mark.parametrize("text", ["none", "None", "NULL", " none "])
+def test_none_holds_nothing_out(text: str) -> None:
+    data = DataSettings().model_copy(update={"eval_split": text})
+    assert held_out_source(data) is None
+    assert not is_share(text)
+    with pytest.raises(DataError, match="holds no rows out"):
+        hold_out(rows((1,), (2,)), text, seed=0)
+
+
+@pytest.mark.parametrize("text", ["5", "0.05", ".1", "-3", "1e-2", " 7 "])
+def test_a_bare_number_is_no_path(text: str) -> None:
+    data = DataSettings().model_copy(update={"eval_split": text})
+    with pytest.raises(DataError, match="write '5%' or 'last 5'"):
+        held_out_source(data)
+    with pytest.raises(DataError, match="write '5%' or 'last 5'"):
+        hold_out(rows((1,), (2,)), text, seed=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from finesight.errors import DataError, RecipeError
+from finesight.errors import DataError, EvaluationError, RecipeError
 from finesight.training import prepare as prepare_module
 from finesight.training.prepare import data_seed, prepare
 from tiny_runs import tiny_recipe, write_rows
@@ -108,3 +108,9 @@ def test_data_seed_goes_before_the_seed(checkpoint, rows, tmp_path):
     assert [data_seed(recipe) for recipe in recipes] == [5, 6]
     orders = [[prepare(recipe).feed().rows_of(0, i) for i in range(3)] for recipe in recipes]
     assert orders[0] != orders[1]
+
+
+def test_a_misspelt_grader_is_found_before_training(checkpoint, rows, tmp_path):
+    recipe = tiny_recipe(checkpoint, rows, tmp_path / "run", evaluation={"tasks": [{"name": "t", "data": str(rows), "grader": "exact"}]})
+    with pytest.raises(EvaluationError, match="exact_match"):
+        prepare(recipe)

@@ -219,3 +219,18 @@ def test_a_video_of_given_frames_goes_the_whole_way(checkpoint, tmp_path):
     path.write_text(json.dumps(row) + "\n")
     recipe = tiny_recipe(checkpoint, path, tmp_path / "run", data={"video_min_pixels": MIN_PIXELS, "video_max_pixels": 4 * MAX_PIXELS})
     assert train(recipe).state.num_samples == 1
+
+
+def test_an_adapter_to_go_on_from_keeps_its_shape_and_the_run_says_so(checkpoint, rows, tmp_path):
+    first = train(tiny_recipe(checkpoint, rows, tmp_path / "first", tuning={"r": 4}))
+    console = Console(file=io.StringIO(), width=200)
+    recipe = tiny_recipe(checkpoint, rows, tmp_path / "second", model={"adapter": str(first.adapter_dir)}, tuning={"r": 16})
+    second = train(recipe, console=console)
+    assert "tuning.r: 16 is not used" in console.file.getvalue()
+    assert load_recipe(second.output_dir / "recipe.yaml").tuning.r == 4
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_before_loading(checkpoint, rows, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(RecipeError, match=r"training\.output_dir"):
+        train(tiny_recipe(checkpoint, rows, tmp_path / "taken"))

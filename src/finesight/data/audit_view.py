@@ -102,7 +102,11 @@ def _show_problems(audit: DatasetAudit, console: Console) -> None:
     for group in audit.rows.bad:
         _listing(console, "red", f"{_count(group.rows, 'bad row')}: {group.reason}", group.rows, lambda bad: f"{bad.file}, row {bad.row}")
     if audit.tokens is not None:
-        title = f"{_count(audit.tokens.too_long, 'sample')} longer than {audit.tokens.longest_allowed:,} tokens"
+        title = (
+            f"{_count(audit.tokens.too_long, 'sample')} longer than {audit.tokens.longest_allowed:,} tokens "
+            "(raise training.token_budget, and data.max_length_tokens where it is set; lower data.max_pixels; "
+            "or set data.too_long: shrink_pixels)"
+        )
         longest = sorted(audit.tokens.too_long, key=lambda sample: -sample.tokens)
         _listing(console, "red", title, longest, lambda sample: f"{sample.source}: {sample.tokens:,} tokens")
     _listing(console, "red", f"{_count(audit.leaks, 'image')} in training and held-out rows alike", audit.leaks, lambda leak: (
@@ -119,7 +123,7 @@ def _show_problems(audit: DatasetAudit, console: Console) -> None:
         audit.repeated,
         _repeated,
     )
-    _listing(console, "yellow", f"{_count(audit.shrunk, 'image')} shrunk to less than half the side; small print may be lost (raise max_pixels)", audit.shrunk, lambda s: (
+    _listing(console, "yellow", f"{_count(audit.shrunk, 'image')} shrunk to less than half the side; small print may be lost (raise data.max_pixels)", audit.shrunk, lambda s: (
         f"{s.media}: {s.size[0]} × {s.size[1]} -> {s.resized[0]} × {s.resized[1]}"
     ))  # fmt: skip
     _listing(console, "yellow", _count(audit.answers.empty, "empty answer"), audit.answers.empty, str)
@@ -128,7 +132,19 @@ def _show_problems(audit: DatasetAudit, console: Console) -> None:
             f"[dim]{_count(audit.answers.very_short, 'answer')} of a single character, for example {escape(str(audit.answers.very_short[0]))}[/dim]"
         )
     if not audit.can_train:
-        console.print("[red]Training would stop at these data: see what is marked red.[/red]")
+        console.print(f"[red]Training would stop at these data: {_obstacles(audit)}.[/red]")
+
+
+def _obstacles(audit: DatasetAudit) -> str:
+    """What stands in the way of training, in words: colours do not reach a file or a pipe."""
+    found = []
+    if audit.tokens is not None and audit.tokens.too_long:
+        found.append("samples are too long")
+    if audit.rows.bad and audit.settings.on_bad_row == "stop":
+        found.append("rows are bad (correct them, or set data.on_bad_row: skip)")
+    if not audit.rows.usable:
+        found.append("no row can be used")
+    return "; ".join(found)
 
 
 def _count(entries: Sequence[object], what: str) -> str:

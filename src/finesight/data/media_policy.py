@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp", ".ogv"})
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")  # two letters at least: `C:` is a drive
-_HINTS_PER_POLICY = 20  # each costs a few dozen look-ups on disk
+_SEARCHES_PER_POLICY = 20  # in vain; each costs a few dozen look-ups on disk
 _FOLDERS_PER_HINT = 200
 _LONGEST_PATH = 4096  # characters; PATH_MAX on Linux
 
@@ -50,7 +50,8 @@ class MediaPolicy:
     _refs: dict[tuple[str, str], MediaRef] = field(default_factory=dict, init=False, repr=False)
     _real_folders: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _stands_for: list[tuple[str, ...]] = field(default_factory=list, init=False, repr=False)  # none or one
-    _hints: list[str] = field(default_factory=list, init=False, repr=False)
+    _searched: set[str] = field(default_factory=set, init=False, repr=False)  # paths that no folder nearby would make resolve
+    _hints: list[Path] = field(default_factory=list, init=False, repr=False)  # folders that would for others
 
     @property
     def stands_for(self) -> str | None:
@@ -192,20 +193,33 @@ class MediaPolicy:
 
     def _hint(self, path: Path, beside: Path) -> str | None:
         """A folder that, as `media_dir`, would make this path resolve, if a few look-ups find one."""
-        if len(self._hints) >= _HINTS_PER_POLICY or ".." in path.parts:
+        if ".." in path.parts:
             return None
         near = Path(self._real(beside))
-        self._hints.append(str(path))
         parts = path.parts[1:] if path.is_absolute() else path.parts
         suffixes = [Path(*parts[length:]) for length in range(0 if path.is_absolute() else 1, len(parts))]
-        if any(self._existing(near / suffix) is not None for suffix in suffixes):
-            return str(near)
-        try:
-            with os.scandir(near) as entries:
-                folders = sorted(Path(e.path) for _, e in zip(range(_FOLDERS_PER_HINT), entries, strict=False) if e.is_dir())
-        except OSError:
-            return None
-        return next((str(folder) for folder in folders if any(self._existing(folder / suffix) for suffix in (path, *suffixes))), None)
+
+        def resolves(folder: Path) -> bool:
+            within = suffixes if folder == near else (path, *suffixes)
+            return any(self._existing(folder / suffix) is not None for suffix in within)
+
+        # Rows tend to be wrong in the same way: what was found for one costs little to try for all others.
+        found = next((folder for folder in self._hints if resolves(folder)), None)
+        if found is None and str(path) not in self._searched and max(len(self._searched), len(self._hints)) < _SEARCHES_PER_POLICY:
+            found = near if resolves(near) else next((folder for folder in _folders_in(near) if resolves(folder)), None)
+            if found is None:
+                self._searched.add(str(path))
+            else:
+                self._hints.append(found)
+        return None if found is None else str(found)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(e.path) for _, e in zip(range(_FOLDERS_PER_HINT), entries, strict=False) if e.is_dir())
+    except OSError:
+        return []
 
 
 def shown(text: str) -> str:

@@ -138,7 +138,13 @@ def _refuse_non_checkpoint(path: Path) -> None:
             f"{path} holds an adapter, not a model. Set model.adapter to it and model.name_or_path to its base"
             + (f" ({base})." if base else ".")
         )
-    raise ModelError(f"{path} holds no config.json. Set model.name_or_path to a checkpoint folder or to a name on the hub.")
+    instead = "Set model.name_or_path to a checkpoint folder or to a name on the hub."
+    # The folder of a run, which keeps what was trained in one of these.
+    if (path / "adapter" / "adapter_config.json").is_file():
+        instead = f"What was trained is in it: set model.adapter to {path / 'adapter'} and model.name_or_path to its base."
+    elif (path / "model" / "config.json").is_file():
+        instead = f"What was trained is in it: set model.name_or_path to {path / 'model'}."
+    raise ModelError(f"{path} holds no config.json. {instead}")
 
 
 def _from_transformers(auto_class: Any, name: str, revision: str | None, what: str, **options: Any) -> Any:
@@ -146,7 +152,8 @@ def _from_transformers(auto_class: Any, name: str, revision: str | None, what: s
         return auto_class.from_pretrained(name, revision=revision, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()
-        raise ModelError(f"{name}: {what} cannot be read: {reason[0] if reason else type(error).__name__}") from error
+        here = "" if Path(name).is_dir() or not isinstance(error, OSError) else f" (and there is no folder {name} here)"
+        raise ModelError(f"{name}: {what} cannot be read: {reason[0] if reason else type(error).__name__}{here}") from error
 
 
 def _image_processor(name: str, revision: str | None) -> Any:
@@ -252,4 +259,4 @@ def _checkpoint_file(name: str, filename: str, revision: str | None) -> Path | N
     except EntryNotFoundError:  # also where it is not in the cache of a machine without a network
         return None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: {filename} cannot be fetched: {error}") from error
+        raise ModelError(f"{name}: {filename} cannot be fetched: {error} (and there is no folder {name} here)") from error

@@ -7,6 +7,7 @@ seen the answers to other questions about it.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +27,13 @@ def held_out_source(data: DataSettings) -> SourceSettings | None:
     """Where held-out rows are read from, if `data.eval_split` is a path: read as the first training source is.
 
     Its columns, template, formatter and media folder are taken over; split and name only where they can mean something.
+
+    Raises:
+        DataError: `data.eval_split` is a bare number, which could be a share as well as a number of rows.
     """
-    if data.eval_split is None or is_share(data.eval_split):
+    if data.eval_split is None or is_share(data.eval_split) or _is_none(data.eval_split):
         return None
+    _refuse_number(data.eval_split)
     if not data.train:
         return SourceSettings(path=data.eval_split)
     changed: dict[str, object] = {"path": data.eval_split}
@@ -47,8 +52,11 @@ def hold_out(conversations: Sequence[Conversation], eval_split: str, seed: int) 
         eval_split: '5%' or 'last 4'. The path of a file is not for this function: read it (:func:`held_out_source`).
 
     Raises:
-        DataError: one side would be empty, or `eval_split` is a path.
+        DataError: one side would be empty, or `eval_split` is a path, a bare number or 'none'.
     """
+    _refuse_number(eval_split)
+    if _is_none(eval_split):
+        raise DataError(f"data.eval_split: {eval_split!r} holds no rows out; leave the setting away, or write '5%' or 'last 5'")
     groups = image_groups(conversations)
     if eval_split.startswith("last "):
         chosen = _last_groups(groups, len(conversations), int(eval_split[5:]))
@@ -93,6 +101,17 @@ def image_groups(conversations: Sequence[Conversation]) -> list[list[int]]:
     for row in range(len(conversations)):
         groups.setdefault(root(row), []).append(row)
     return list(groups.values())
+
+
+def _is_none(eval_split: str) -> bool:
+    return eval_split.strip().lower() in ("", "none", "null")
+
+
+def _refuse_number(eval_split: str) -> None:
+    if re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*", eval_split, re.IGNORECASE):
+        raise DataError(
+            f"data.eval_split: {eval_split} may be a share or a number of rows; write '5%' or 'last 5', or the path of a file as ./{eval_split.strip()}"
+        )
 
 
 def _last_groups(groups: Sequence[Sequence[int]], num_rows: int, count: int) -> list[int]:

@@ -17,12 +17,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from finesight.data.media_policy import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from finesight.errors import DataError
 
 Row = dict[str, Any]
 
 FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+_PACKED_SUFFIXES = (".gz", ".zip", ".zst", ".xz", ".bz2", ".tar")
 _BATCH_ROWS = 256  # Arrow rows that become Python objects at a time
+# What a folder must hold for `datasets` to find rows in it: images and videos may lie in folders named after classes.
+_LOADABLE = frozenset((*FILE_SUFFIXES, *_PACKED_SUFFIXES)) | IMAGE_SUFFIXES | VIDEO_SUFFIXES
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
@@ -62,7 +66,11 @@ def open_table(
         return open_file(local, label=path, split=split, name=name)
     if local.is_dir():
         return _open_folder(local, path, split, name)
-    if Path(path).suffix.lower() in FILE_SUFFIXES or not _HUB_NAME.match(path):
+    if Path(path).suffix.lower() in (*FILE_SUFFIXES, *_PACKED_SUFFIXES, ".txt", ".xlsx"):
+        raise DataError(
+            f"{path} does not exist (looked in {base_dir.absolute()}); correct the path of the file (data.train.0.path, or data.eval_split)"
+        )
+    if not _HUB_NAME.match(path):
         raise DataError(
             f"{path} does not exist (looked in {base_dir.absolute()}); give the path of a file or folder, or the name of a hub dataset"
         )
@@ -148,7 +156,8 @@ def _jsonl_rows(path: Path, label: str) -> Iterator[Row | Damaged]:
             if not line.strip():
                 continue
             try:
-                yield _as_row(json.loads(line), f"line {number}: ")
+                # Without the line's end: past it the decoder would count columns from 1 again.
+                yield _as_row(json.loads(line.rstrip(b"\r\n")), f"line {number}: ")
             except json.JSONDecodeError as error:
                 yield Damaged(f"line {number} is not valid JSON: {error.msg} at column {error.colno}")
             except RecursionError:
@@ -252,6 +261,10 @@ def _open_folder(path: Path, label: str, split: str, name: str | None) -> RowTab
         elif split != "train":
             raise DataError(f"{label} holds a single data set, to which `split` means nothing; remove the setting")
         return RowTable(label, path, _dataset_rows(content))
+    if not any(file.suffix.lower() in _LOADABLE for file in path.rglob("*")):
+        raise DataError(
+            f"{label} is a folder that holds no data file ({', '.join(FILE_SUFFIXES)}); give the path of a file, or of a folder with such files"
+        )
     return _load(label, path, path=str(path), name=name, split=split)
 
 
@@ -274,8 +287,9 @@ def _load(label: str, folder: Path | None, **arguments: Any) -> RowTable:
         content = datasets.load_dataset(**arguments)
     except Exception as error:  # the library raises many kinds, those of the network among them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        missing = "" if folder is not None else f" There is no file or folder {label} here either."
         raise DataError(
-            f"{label} cannot be loaded as a data set (split {arguments['split']!r}, name {arguments['name']!r}): {reason}. "
+            f"{label} cannot be loaded as a data set (split {arguments['split']!r}, name {arguments['name']!r}): {reason}.{missing} "
             "Check path or name, split and configuration; for a mirror of the hub set HF_ENDPOINT"
         ) from None
     return RowTable(label, folder or cache[0], _dataset_rows(content), roots=cache)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from finesight import __version__
 from finesight.demo.cache import cache_key, is_whole
@@ -43,7 +42,7 @@ from finesight.evaluation.evaluate import evaluate_model
 from finesight.evaluation.report import write_report
 from finesight.evaluation.results import EvaluationResult
 from finesight.models.adapter_files import library_versions
-from finesight.models.load import choose_device, choose_dtype, load_model
+from finesight.models.load import choose_device, choose_dtype, load_model, without_library_bars
 from finesight.recipe import Recipe, dump_recipe
 from finesight.tasks.task import Task, load_task
 from finesight.training.run import RunResult, train
@@ -88,7 +87,7 @@ def run_demo(
         FinesightError: scikit-learn is missing, the folder cannot be written, or a stage failed.
         KeyboardInterrupt: training was interrupted.
     """
-    with _one_thread(), _no_library_bars():
+    with _one_thread(), without_library_bars():
         return _Demo(Path(output_dir), seed, keep_old, settings or DemoSettings(), console or Console()).run()
 
 
@@ -101,18 +100,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _no_library_bars() -> Iterator[None]:
-    """A model this small is read and written before the bars of transformers can be."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 class _Demo:

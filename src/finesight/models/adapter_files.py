@@ -126,6 +126,22 @@ def adapter_base(folder: str | Path) -> str | None:
     return cast("str | None", _read_json(_checked_folder(folder) / ADAPTER_CONFIG).get("base_model_name_or_path"))
 
 
+def adapter_shape(folder: str | Path) -> dict[str, Any]:
+    """The settings of `tuning` that an adapter folder has fixed.
+
+    Raises:
+        ModelError: the folder holds no adapter.
+    """
+    path = Path(folder) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path} cannot be read: {error}. Set model.adapter to a folder that holds an adapter (of a run: its adapter/)."
+        ) from None
+    return {name: config[name] for name in ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora") if config.get(name) is not None}
+
+
 def read_metadata(folder: str | Path) -> AdapterMetadata | None:
     """What an adapter was trained under; None for an adapter that other software wrote (no `finesight.json`).
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +19,7 @@ import transformers
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from finesight.data.processor import Processor, checkpoint_folder, load_processor
 from finesight.errors import ModelError, RecipeError
@@ -111,7 +115,8 @@ def load_model(
     chosen = choose_device(device)
     dtype, dtype_note = choose_dtype(settings.dtype, chosen)
     notes += [dtype_note] if dtype_note else []
-    model: Any = _load_weights(name, settings.revision, processor.family, dtype, chosen)
+    with without_library_bars(when=not sys.stderr.isatty()):
+        model: Any = _load_weights(name, settings.revision, processor.family, dtype, chosen)
     if settings.load_in_fp8:
         to_float8(model)
         notes += float8_notes(model)
@@ -164,6 +169,19 @@ def choose_dtype(asked: str, device: torch.device, *, gpu_has_bf16: bool | None 
     if asked == "bfloat16" and not gpu_has_bf16:
         return torch.bfloat16, "This GPU does not compute in bfloat16 and will emulate it slowly: set model.dtype: float16."
     return _DTYPES[asked], None
+
+
+@contextmanager
+def without_library_bars(when: bool = True) -> Iterator[None]:
+    """Without transformers' progress bars, which would tear a live view of ours or fill a log file."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if when:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_weights(name: str, revision: str | None, family: Family, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -20,8 +20,9 @@ from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
 from finesight.data.split import held_out_source, hold_out, is_share
 from finesight.errors import BadRow, DataError, RecipeError, TemplateError
-from finesight.models.adapter_files import restore_data_settings
+from finesight.models.adapter_files import adapter_shape, restore_data_settings
 from finesight.recipe import DataSettings, Recipe, SourceSettings
+from finesight.tasks.graders import get_grader
 from finesight.training.telemetry import padding_saved, progress, sharing_ratio
 
 # From this many rows on, several processes encode.
@@ -151,7 +152,10 @@ def prepare(
         DataError: rows cannot be used and `data.on_bad_row` is "stop"; carries all of them.
         ModelError: the checkpoint's processor cannot be read.
         RecipeError: pixel limits do not fit the model.
+        EvaluationError: a grader of `evaluation.tasks` is unknown.
     """
+    for task in recipe.evaluation.tasks:
+        get_grader(task.grader, base_dir=base_dir)  # a name misspelt is found now, not after training
     recipe, notes = _effective(recipe)
     if processor is None:
         processor = load_processor(recipe.model.name_or_path, data=recipe.data, hub=recipe.model.hub, revision=recipe.model.revision)
@@ -202,11 +206,17 @@ def _read(sources: Sequence[SourceSettings], data: DataSettings, base_dir: Path 
 
 
 def _effective(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with what the adapter to go on from was trained with, where the recipe does not say otherwise."""
+    """The recipe with what the adapter to go on from was trained with; its shape cannot change any more."""
     if recipe.model.adapter is None:
         return recipe, []
     data, notes = restore_data_settings(recipe.model.adapter, recipe.data)
-    return recipe.model_copy(update={"data": data}), notes
+    own = adapter_shape(recipe.model.adapter)
+    for name, value in own.items():
+        if name in recipe.tuning.model_fields_set and getattr(recipe.tuning, name) != value:
+            notes.append(
+                f"tuning.{name}: {getattr(recipe.tuning, name)} is not used: the adapter {recipe.model.adapter} has {name} {value}, and keeps it."
+            )
+    return recipe.model_copy(update={"data": data, "tuning": recipe.tuning.model_copy(update=own)}), notes
 
 
 def _with_limits(processor: Processor, data: DataSettings) -> Processor:

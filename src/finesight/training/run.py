@@ -50,6 +50,10 @@ def _train(
 ) -> RunResult:
     check_trackers(recipe.training.report_to)
     output_dir = Path(recipe.training.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"training.output_dir: {output_dir} cannot be made a folder: {error.strerror}. Name another one.") from None
     resume_from, skipped = find_resume(output_dir, recipe.training.resume)
     accelerator = start_accelerator(recipe, output_dir, None if loaded is None else loaded.device)
     own_console = console if accelerator.is_main_process else None

@@ -6,8 +6,6 @@ Either folder can be used by itself, by this project and by others.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +16,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from finesight.data.processor import Processor
 from finesight.errors import CheckpointError
 from finesight.models.adapter_files import ADAPTER_WEIGHTS, METADATA, AdapterMetadata, save_adapter
+from finesight.models.load import without_library_bars
 
 ADAPTER, MODEL = "adapter", "model"
 
@@ -38,7 +36,7 @@ def save_weights(model: PreTrainedModel | PeftModel, folder: Path, metadata: Ada
         save_adapter(model, folder, metadata)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _without_bars():
+    with without_library_bars():
         model.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
@@ -79,7 +77,7 @@ def _restore_adapter(model: PeftModel, folder: Path) -> None:
 def _restore_model(model: PreTrainedModel, folder: Path) -> None:
     try:
         # On the CPU and by transformers' own names: files may be divided and named otherwise than modules are.
-        with _without_bars():
+        with without_library_bars():
             saved = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be read ({str(error).splitlines()[0]}). Use another checkpoint.") from None
@@ -92,18 +90,6 @@ def _restore_model(model: PreTrainedModel, folder: Path) -> None:
         )
     for name, parameter in own.items():
         parameter.copy_(weights[name])
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """transformers' progress bars would tear the live view of a run."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _write_json(path: Path, content: Any) -> None:
