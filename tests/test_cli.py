@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ class TestErrors:
         assert run("trian").status == 2
 
     def test_a_grader_that_does_not_exist(self, work: Path, run: Run) -> None:
-        ran = run("eval", "recipe.yaml", "evaluation.tasks.0.grader=exact_mach")
+        ran = run("eval", "recipe.yaml", "evaluation.tasks.0.grader=exact_mach", "--base-only")
         assert ran.status == 2 and "exact_match" in ran.err
 
     def test_images_without_a_question(self, work: Path, run: Run, checkpoint: Path) -> None:
@@ -295,7 +296,7 @@ class TestWholePath:
         )
         assert run("train", "recipe.yaml", *settings).status == 0
         refused = run("train", "recipe.yaml", *settings)
-        assert refused.status == 2 and "training.resume" in refused.err
+        assert refused.status == 2 and "--resume (training.resume: true)" in refused.err
         resumed = run("train", "recipe.yaml", *settings, "--resume")
         assert resumed.status == 0, resumed.err
 
@@ -324,9 +325,74 @@ class TestWholePath:
         assert warned.status == 0 and "trained with 8192" in caplog.text
 
     def test_eval_before_there_is_a_run(self, work: Path, run: Run) -> None:
-        ran = run("eval", "recipe.yaml", "evaluation.max_completion_length=1", "evaluation.text_probe=null")
+        settings = ("evaluation.max_completion_length=1", "evaluation.text_probe=null")
+        refused = run("eval", "recipe.yaml", *settings)
+        assert refused.status == 2 and "runs/a (training.output_dir) does not exist" in refused.err and "--base-only" in refused.err
+        assert not Path("runs").exists()
+        assert run("eval", "recipe.yaml", *settings, "--adapter", "runs/none").status == 2
+        Path("runs/a").mkdir(parents=True)
+        assert "holds no trained weights yet" in run("eval", "recipe.yaml", *settings).err
+        ran = run("eval", "recipe.yaml", *settings, "--base-only", "-o", "base")
         assert ran.status == 0, ran.err
-        assert "only the base is judged" in ran.out
+        assert Path("base/report.html").is_file()
+
+    def test_a_stopped_run_is_judged_and_answers_by_its_newest_checkpoint(
+        self, work: Path, run: Run, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        saves = ("training.max_steps=2", "training.save_strategy=steps", "training.save_steps=1", "training.eval_strategy=no")
+        assert run("train", "recipe.yaml", *saves, "training.save_total_limit=2", "tuning.r=2").status == 0
+        shutil.rmtree("runs/a/adapter")
+        (Path("runs/a/checkpoint-2") / "manifest.json").unlink()
+        ran = run("predict", "data/images/0.png", "-q", "?", "--adapter", "runs/a", "--max-completion-length", "1")
+        assert ran.status == 0, ran.err
+        assert "runs/a/checkpoint-1/adapter" in caplog.text
+        # Results go to the run that was judged, not to the one of the recipe.
+        settings = ("evaluation.max_completion_length=1", "evaluation.text_probe=null", "training.output_dir=runs/other")
+        judged = run("eval", "recipe.yaml", *settings, "--adapter", "runs/a", "--skip-before")
+        assert judged.status == 0, judged.err
+        assert Path("runs/a/eval/report.html").is_file() and not Path("runs/other").exists()
+
+
+class TestPredictWithDamagedImages:
+    @pytest.fixture
+    def common(self, work: Path, checkpoint: Path) -> tuple[object, ...]:
+        path = Path("data/images/3.png")
+        path.write_bytes(path.read_bytes()[:-40])  # the header is whole, the pixels are not
+        return ("predict", "data/images", "-q", "?", "--model", checkpoint, "--max-completion-length", "1", "-o", "a.jsonl")
+
+    def test_an_error_keeps_what_was_answered_and_what_was_there(self, run: Run, common: tuple[object, ...]) -> None:
+        Path("a.jsonl").write_text("earlier\n", encoding="utf-8")
+        ran = run(*common)
+        assert ran.status == 2
+        assert "data/images, row 3" in ran.err and "3.png cannot be decoded" in ran.err and "add --on-bad-row skip" in ran.err
+        assert "The 3 answers so far are in a.jsonl.partial" in ran.err
+        assert len(answers(Path("a.jsonl.partial"))) == 3
+        assert Path("a.jsonl").read_text(encoding="utf-8") == "earlier\n"
+
+    def test_skip_leaves_it_out_and_says_so(self, run: Run, common: tuple[object, ...]) -> None:
+        Path("a.jsonl").write_text("earlier\n", encoding="utf-8")
+        ran = run(*common, "--on-bad-row", "skip")
+        assert ran.status == 0, ran.err
+        assert "Left out 1 of 8 rows" in ran.err and "data/images, row 3" in ran.err and "a.jsonl was there and is replaced" in ran.err
+        assert [Path(record["images"][0]).stem for record in answers(Path("a.jsonl"))] == ["0", "1", "2", "4", "5", "6", "7"]
+        assert not Path("a.jsonl.partial").exists()
+
+    def test_nothing_is_left_behind_when_nothing_was_answered(self, run: Run, common: tuple[object, ...]) -> None:
+        ran = run(*common, "data/none.png")
+        assert ran.status == 2 and not list(Path().glob("a.jsonl*"))
+        for path in Path("data/images").iterdir():
+            path.write_bytes(path.read_bytes()[:-40])
+        assert run(*common).status == 2 and not list(Path().glob("a.jsonl*"))
+        ran = run(*common, "--on-bad-row", "skip")
+        assert ran.status == 2 and "None of the rows can be used" in ran.err and not list(Path().glob("a.jsonl*"))
+
+    def test_messages_name_options(self) -> None:
+        from finesight.cli.predict import in_flags
+
+        text = "x lies at /m/x, outside; add /m to data.allowed_dirs, or set the source.media_dir to it"
+        assert in_flags(text) == "x lies at /m/x, outside; give --media-dir /m"
+        assert in_flags("Correct them, or set data.on_bad_row: skip to go on") == "Correct them, or add --on-bad-row skip to go on"
+        assert in_flags("Set model.adapter to it and model.name_or_path to its base") == "Give it with --adapter, and its base with --model"
 
 
 class TestOthers:

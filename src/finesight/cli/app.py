@@ -149,9 +149,12 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter, fully tuned model or run to judge.", show_default="those of the recipe's output_dir")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results.", show_default="output_dir/eval")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the results.", show_default="eval in the run's folder")
+    ] = None,
     before: Annotated[Path | None, typer.Option(help="Results of the base from an earlier evaluation, not to judge it again.")] = None,
     skip_before: Annotated[bool, typer.Option("--skip-before", help="Do not judge the base.")] = False,
+    base_only: Annotated[bool, typer.Option("--base-only", help="Judge the base alone; nothing need be trained.")] = False,
     graders: Annotated[bool, typer.Option("--graders", help="List the graders.")] = False,
 ) -> None:
     """Judge before and after: the tasks of a recipe, and a text-only probe.
@@ -159,7 +162,7 @@ def evaluate(
     Writes every answer, summaries and report.html, which opens without a network.
     """
     from finesight.cli.evaluate import evaluate_recipe, graders_table, outcome_table
-    from finesight.cli.weights import find_weights, require_weights
+    from finesight.cli.weights import require_trained, require_weights, run_folder
     from finesight.recipe import load_recipe
 
     console = Console()
@@ -169,12 +172,13 @@ def evaluate(
     if recipe is None:
         raise typer.BadParameter("a recipe is needed", param_hint="RECIPE")
     settings = load_recipe(recipe, overrides or ())
-    run = Path(settings.training.output_dir)
-    trained = require_weights(adapter) if adapter is not None else find_weights(run)
-    if trained is None:
-        console.print(f"{run} holds no trained weights yet: only the base is judged.", highlight=False, markup=False)
+    if base_only and (adapter is not None or before is not None or skip_before):
+        raise typer.BadParameter("goes with none of --adapter, --before and --skip-before", param_hint="--base-only")
+    run = Path(settings.training.output_dir) if adapter is None else run_folder(adapter)
+    trained = None if base_only else require_trained(run) if adapter is None else require_weights(adapter)
+    folder = output or run / "eval"
     outcome = evaluate_recipe(
-        settings, trained, output or run / "eval", before=before, skip_before=skip_before, console=Console(stderr=True)
+        settings, trained, folder, run=run, before=before, skip_before=skip_before, console=Console(stderr=True)
     )  # fmt: skip
     console.print(outcome_table(outcome))
     console.print(f"Answers: {outcome.folder}\nReport: {outcome.report}", highlight=False, markup=False, soft_wrap=True)
@@ -188,7 +192,9 @@ def predict(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter, fully tuned model or run.")] = None,
     question: Annotated[str | None, typer.Option("--question", "-q", help="What to ask about each image or video.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL file to write.", show_default="stdout")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSONL file to write, or to replace once all is answered.", show_default="stdout")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.", show_default="the adapter's")] = None,
     max_completion_length: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the most likely token each time.")] = 0.0,
@@ -206,22 +212,26 @@ def predict(
 
     With an adapter, pixel limits, frame rate and system prompt are those that it was trained with.
     """
-    from finesight.cli.predict import predict_to
+    from finesight.cli.predict import in_flags, predict_to
     from finesight.cli.weights import model_settings
     from finesight.recipe import DataSettings, SourceSettings
     from finesight.sampling.types import SamplingSettings
 
     limits = {name: value for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value is not None}
-    count = predict_to(
-        output,
-        model_settings(model, adapter, dtype),
-        inputs,
-        question,
-        SamplingSettings(max_completion_length, temperature, top_p, seed=seed, batch_size=batch_size),
-        data=DataSettings(**limits, allow_urls=allow_urls, on_bad_row=on_bad_row),
-        source=SourceSettings(path=inputs[0], media_dir=media_dir, system=system),
-        console=Console(stderr=True),
-    )
+    try:
+        count = predict_to(
+            output,
+            model_settings(model, adapter, dtype),
+            inputs,
+            question,
+            SamplingSettings(max_completion_length, temperature, top_p, seed=seed, batch_size=batch_size),
+            data=DataSettings(**limits, allow_urls=allow_urls, on_bad_row=on_bad_row),
+            source=SourceSettings(path=inputs[0], media_dir=media_dir, system=system),
+            console=Console(stderr=True),
+        )
+    except FinesightError as error:
+        error.args = (in_flags(str(error)),)
+        raise
     if output is not None:
         Console().print(f"{count:,} answers: {output}", highlight=False, markup=False, soft_wrap=True)
 

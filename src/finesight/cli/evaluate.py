@@ -43,13 +43,21 @@ class Outcome:
 
 
 def evaluate_recipe(
-    recipe: Recipe, trained: Path | None, output: Path, *, before: Path | None = None, skip_before: bool = False, console: Console
+    recipe: Recipe,
+    trained: Path | None,
+    output: Path,
+    *,
+    run: Path,
+    before: Path | None = None,
+    skip_before: bool = False,
+    console: Console,
 ) -> Outcome:
     """Judges the base and what was trained on it, and writes records, summaries and the report.
 
     Args:
         trained: folder of an adapter or of a fully tuned model; None: only the base is judged.
         output: folder to write to.
+        run: folder of the run that was trained, whose metrics the report shows.
         before: result of an earlier evaluation of the base, in place of judging it again.
         skip_before: do not judge the base.
 
@@ -72,7 +80,7 @@ def evaluate_recipe(
         earlier.write(output / "before")
     after = _judge(_trained_model(recipe, trained, adapter), data, recipe, tasks, probe, "after" if trained else "base", console)
     after.write(output / "after")
-    metrics = Path(recipe.training.output_dir) / METRICS
+    metrics = run / METRICS
     report = write_report(
         output / REPORT,
         after,

@@ -6,18 +6,20 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
 from finesight.cli.progress import task_progress
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
+from finesight.data.encode import Encoder
 from finesight.data.formats import accept, read_source
 from finesight.data.media_policy import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from finesight.data.pixels import visual_patches
 from finesight.data.tables import FILE_SUFFIXES
-from finesight.errors import DataError, RecipeError
+from finesight.errors import BadRow, DataError, FinesightError, RecipeError
 from finesight.evaluation.results import media_label, prompt_text
 from finesight.models.adapter_files import read_metadata
 from finesight.models.load import LoadedModel, load_model
@@ -26,6 +28,31 @@ from finesight.sampling.transformers_sampler import TransformersSampler
 from finesight.sampling.types import Completion, SamplingSettings
 
 _BATCHES_PER_CHUNK = 16  # answers are written after so many batches, so that little is lost when the run is stopped
+
+# Messages of the library name settings of a recipe; these are the options that stand for them here.
+_FLAGS = (
+    (r"add (.+) to data\.allowed_dirs, or set the source\.media_dir to it", r"give --media-dir \1"),
+    (r"the source\.media_dir: (.+?) would make it resolve", r"--media-dir \1 would make it resolve"),
+    (r"the source\.media_dir", "--media-dir"),
+    (r"[Ss]et model\.adapter to it and model\.name_or_path to its base", "Give it with --adapter, and its base with --model"),
+    (r"\bSet model\.(adapter|name_or_path) to", r"Give model.\1"),
+    (r"\bset data\.on_bad_row: skip", "add --on-bad-row skip"),
+    (r"\bset data\.allow_urls: true", "add --allow-urls"),
+    (r"data\.allow_urls: true", "--allow-urls"),
+    (r"data\.on_bad_row: skip", "--on-bad-row skip"),
+    (r"\bmodel\.name_or_path", "--model"),
+    (r"\bmodel\.adapter", "--adapter"),
+    (r"\bevaluation\.batch_size", "--batch-size"),
+    (r"\bevaluation\.max_completion_length", "--max-completion-length"),
+    (r"\bdata\.(min|max)_pixels", r"--\1-pixels"),
+)
+
+
+def in_flags(message: str) -> str:
+    """A message in the options of `finesight predict`, in place of the settings of a recipe."""
+    for setting, flag in _FLAGS:
+        message = re.sub(setting, flag, message)
+    return message
 
 
 def read_inputs(
@@ -53,7 +80,7 @@ def read_inputs(
         result = read_source(source.model_copy(update={"path": path}), data=data, base_dir=Path.cwd(), require_answer=False)
         for note in result.notes:
             console.print(f"Note: {note}", markup=False, highlight=False)
-        conversations += accept(result, data.on_bad_row)
+        conversations += accept(result, data.on_bad_row, say=lambda text: console.print(in_flags(text), markup=False, highlight=False))
     return conversations
 
 
@@ -91,20 +118,51 @@ def answer_all(
     settings: SamplingSettings,
     *,
     image_first: bool,
+    on_bad: Callable[[BadRow], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Records of the answers, in the order of the conversations, chunk by chunk.
 
+    Images are decoded once before their chunk is answered, so that a damaged one costs no other its answer.
+
+    Args:
+        on_bad: told each row that cannot be encoded or decoded, which is left out; None: such a row is an error, once
+            the rows before it are answered.
+
     Raises:
-        DataError, ModelError: from encoding and answering.
+        DataError: a row cannot be used, and there is no `on_bad`.
+        ModelError: from answering.
     """
+    encoder = Encoder(loaded.processor, image_first=image_first)
     sampler = TransformersSampler(loaded.model, loaded.processor, image_first=image_first)
     chunk = settings.batch_size * _BATCHES_PER_CHUNK
     for start in range(0, len(conversations), chunk):
-        part = conversations[start : start + chunk]
+        part, bad = _usable(conversations[start : start + chunk], encoder, loaded, on_bad)
         report = None if on_progress is None else _shifted(on_progress, start, len(conversations))
-        completions = sampler.generate([c.prompt() for c in part], settings, report)
+        completions = sampler.generate([c.prompt() for c in part], settings, report) if part else []
         yield from (prediction(c, completion) for c, completion in zip(part, completions, strict=True))
+        if bad is not None:
+            raise DataError(f"{bad}. Correct it, or set data.on_bad_row: skip to go on without it.", [bad])
+
+
+def _usable(
+    conversations: Sequence[Conversation], encoder: Encoder, loaded: LoadedModel, on_bad: Callable[[BadRow], None] | None
+) -> tuple[list[Conversation], BadRow | None]:
+    """Those that can be encoded and decoded; without `on_bad` those before the first that cannot, and that one."""
+    good: list[Conversation] = []
+    for conversation in conversations:
+        try:
+            for item in encoder.encode_prompt(conversation.prompt()).visual_items:
+                visual_patches(item, loaded.processor)
+        except FinesightError as error:
+            where = conversation.source
+            bad = BadRow(where.file, where.row, str(error).removeprefix(f"{where}: ").rstrip("."))
+            if on_bad is None:
+                return good, bad
+            on_bad(bad)
+        else:
+            good.append(conversation)
+    return good, None
 
 
 def _shifted(on_progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int, int], None]:
@@ -141,7 +199,7 @@ def predict_to(
     """Answers everything, one JSON object a line; returns how many answers there were.
 
     Args:
-        output: file to write; None: stdout.
+        output: file to write, which appears or is replaced once all is answered; None: stdout.
         data: what goes before the pixel limits and frame sampling that an adapter was trained with.
         source: how data files are read, and the system prompt that goes before the adapter's.
         console: for progress and notes.
@@ -158,25 +216,75 @@ def predict_to(
     console.print(f"Loading {model.name_or_path}{f' with {model.adapter}' if model.adapter else ''}", markup=False, highlight=False)
     loaded = load_model(model, data=data)
     written = 0
-    with _opened(output) as out, task_progress(console) as report:
+    left_out: list[BadRow] = []
+    with _opened(output, console) as out, task_progress(console) as report:
         answers = answer_all(
-            loaded, conversations, settings, image_first=image_first, on_progress=lambda done, total: report("answers", done, total)
+            loaded,
+            conversations,
+            settings,
+            image_first=image_first,
+            on_bad=left_out.append if data.on_bad_row == "skip" else None,
+            on_progress=lambda done, total: report("answers", done, total),
         )
         for record in answers:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            out.flush()
+            out(json.dumps(record, ensure_ascii=False) + "\n")
             written += 1
+        if left_out and not written:
+            raise DataError("None of the rows can be used:\n" + "\n".join(f"  {row}" for row in left_out), left_out)
+    if left_out:
+        listing = in_flags("\n".join(f"  {row}" for row in left_out))
+        console.print(f"Left out {len(left_out)} of {len(conversations)} rows:\n{listing}", markup=False, highlight=False, soft_wrap=True)
     return written
 
 
 @contextmanager
-def _opened(output: Path | None) -> Iterator[TextIO]:
-    if output is None:
-        yield sys.stdout
+def _opened(output: Path | None, console: Console) -> Iterator[Callable[[str], None]]:
+    """What writes a line. A file is written beside its place and takes it at the end; what was answered before an error stays there."""
+    if output is None or (output.exists() and not output.is_file() and not output.is_dir()):  # the latter: /dev/null, a pipe
+        with nullcontext(sys.stdout) if output is None else _writable(output, "w") as stream:
+            yield lambda line: _write(stream, line)
         return
+    if output.is_dir():
+        raise DataError(f"{output} is a folder. Give a file with --output.")
+    partial = output.with_name(output.name + ".partial")
+    written = 0
+    with _writable(partial, "a") as file:
+
+        def write(line: str) -> None:
+            nonlocal written
+            if not written:
+                file.truncate(0)  # what an earlier error left stays until there is something in its place
+            _write(file, line)
+            written += 1
+
+        try:
+            yield write
+        except BaseException:
+            if written:
+                console.print(f"The {written:,} answers so far are in {partial}.", markup=False, highlight=False, soft_wrap=True)
+            elif partial.stat().st_size == 0:
+                partial.unlink()
+            raise
+        if not written:
+            file.truncate(0)
+    if output.exists():
+        console.print(f"{output} was there and is replaced.", markup=False, highlight=False, soft_wrap=True)
+    partial.replace(output)
+
+
+def _writable(path: Path, mode: str) -> TextIO:
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as file:
-            yield file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cast(TextIO, path.open(mode, encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{output} cannot be written: {error.strerror}. Give another place with --output.") from None
+        raise DataError(f"{path} cannot be written: {error.strerror}. Give another place with --output.") from None
+
+
+def _write(stream: TextIO, line: str) -> None:
+    try:
+        stream.write(line)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DataError(f"Answers cannot be written: {error.strerror}. Give another place with --output.") from None

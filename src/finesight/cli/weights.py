@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from finesight.errors import ModelError
 from finesight.models.adapter_files import ADAPTER_CONFIG, adapter_base, read_metadata
 from finesight.recipe import ModelSettings
+from finesight.training.checkpoint import newest_valid
 from finesight.training.weights import ADAPTER, MODEL
+
+logger = logging.getLogger(__name__)
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -16,11 +20,24 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The folder itself if it holds an adapter or a model, else the one within a run's folder, else None."""
+    """The folder itself if it holds an adapter or a model, else the one within a run's folder, else None.
+
+    Of a run that was stopped it is the one of the newest valid checkpoint; a warning says which.
+    """
     for candidate in (folder, folder / ADAPTER, folder / MODEL):
         if is_adapter_folder(candidate) or (candidate / "config.json").is_file():
             return candidate
+    newest = newest_valid(folder, resumable=False).path
+    for candidate in () if newest is None else (newest / ADAPTER, newest / MODEL):
+        if is_adapter_folder(candidate) or (candidate / "config.json").is_file():
+            logger.warning("%s has not finished: %s of its newest checkpoint is used.", folder, candidate)
+            return candidate
     return None
+
+
+def run_folder(given: Path) -> Path:
+    """The run that a folder belongs to: its parent if it is the `adapter` or `model` of one, else the folder itself."""
+    return given.absolute().parent if given.name in (ADAPTER, MODEL) else given
 
 
 def require_weights(folder: Path) -> Path:
@@ -29,9 +46,27 @@ def require_weights(folder: Path) -> Path:
     Raises:
         ModelError: there is neither an adapter nor a model.
     """
+    if not folder.is_dir():
+        raise ModelError(f"{folder} does not exist. Give the folder of an adapter, of a model, or of a run.")
     found = find_weights(folder)
     if found is None:
-        raise ModelError(f"{folder} holds neither an adapter nor a model. Give the folder of one, or of a run that has finished.")
+        raise ModelError(f"{folder} holds neither an adapter nor a model. Give the folder of one, or of a run that has saved one.")
+    return found
+
+
+def require_trained(run: Path) -> Path:
+    """What a recipe's run has trained, as :func:`find_weights`.
+
+    Raises:
+        ModelError: there is no such folder, or it holds no trained weights.
+    """
+    found = find_weights(run) if run.is_dir() else None
+    if found is None:
+        state = "holds no trained weights yet" if run.is_dir() else "does not exist"
+        raise ModelError(
+            f"The run folder {run} (training.output_dir) {state}. Train first, name what to judge with --adapter, or judge the base alone "
+            "with --base-only."
+        )
     return found
 
 

@@ -53,7 +53,7 @@ def find_resume(output_dir: Path, resume: bool | str) -> tuple[Path | None, tupl
         left = [path.name for path in (*present, output_dir / ADAPTER, output_dir / MODEL) if path.is_dir()]
         if left:
             raise CheckpointError(
-                f"{output_dir} holds {left[-1]} of an earlier run. Set training.resume: true to go on from its newest checkpoint, choose "
+                f"{output_dir} holds {left[-1]} of an earlier run. Add --resume (training.resume: true) to go on from its newest checkpoint, choose "
                 "another training.output_dir, or delete that folder."
             )
         return None, ()
@@ -111,7 +111,7 @@ class RunSaver:
             except OSError as error:
                 raise CheckpointError(
                     f"The checkpoint of step {state.step} cannot be written to {self.output_dir}: {error.strerror or error}. Free space there, "
-                    "or choose another training.output_dir; training.resume: true then goes on from the checkpoint before."
+                    "or choose another training.output_dir; --resume (training.resume: true) then goes on from the checkpoint before."
                 ) from error
             if self.telemetry is not None:
                 self.telemetry.message(f"saved {path}")
