@@ -39,7 +39,7 @@ def test_second_pass_over_kept_features_is_the_same(family: str, tmp_path: Path)
     denominator = sum(s.target_weight for s in samples)
     for kept in (0, 3, len(plan.visual_items)):
         stored = {item.key for item in plan.visual_items[:kept]}
-        batch = packed.feature_cache.attach(plan.build(builder.pixels_of, stored=stored), CPU)
+        batch = packed.feature_cache.prefetch(plan.build(builder.pixels_of, stored=stored), CPU).result()
         assert len(batch.stored_keys) == kept
         loss = -(batch.weight * packed(batch)).sum() / denominator
         packed.feature_cache.finish()

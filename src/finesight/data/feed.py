@@ -222,11 +222,6 @@ class StoredItems:
         if key in self._places:
             self._flags[self._places[key]] = 1
 
-    @property
-    def complete(self) -> bool:
-        """Whether every item is kept."""
-        return bool(self._flags.all())
-
 
 class Feed:
     """Optimizer steps from samples.

@@ -149,16 +149,11 @@ class FeatureCache:
 
         Args:
             batch: its `stored_keys` name entries of this cache.
-        """
-        return self._thread.submit(self._attach, batch, device)
-
-    def attach(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
-        """The batch with the features that it expects, on the device.
 
         Raises:
-            ModelError: an entry on disk is damaged or gone.
+            ModelError: when the result is asked for, if an entry on disk is damaged or gone.
         """
-        return self.prefetch(batch, device).result()
+        return self._thread.submit(self._attach, batch, device)
 
     def _attach(self, batch: PackedBatch, device: torch.device) -> PackedBatch:
         self.figures.hits += len(batch.stored_keys)

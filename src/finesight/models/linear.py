@@ -9,8 +9,8 @@ and files stay as they are; only how they compute changes.
 Shapes: T tokens, I inputs, O outputs, r rank.
 
 On a CPU nearly all of a small update survives this way. On an H200 with torch 2.11 it was measured not to: there the
-product of `addmm_` seems to be rounded before the sum (docs/performance.md). The sum in float32, as over a float8 base, is
-the form to take there.
+product of `addmm_` seems to be rounded before the sum (docs/performance.md). A sum in float32, as over a float8 base, is
+the form to try there.
 """
 
 from __future__ import annotations

@@ -316,6 +316,9 @@ class Session:
             if self.accelerator.is_main_process:
                 write_folder(weights_dir, self._fill)
         self.model.eval()
+        if self.packed.feature_cache is not None:  # up to a quarter of the memory that was free
+            self.packed.feature_cache.close()
+            self.packed.feature_cache = None
         if self.accelerator.is_main_process:
             self._write_run(state, reason)
         if self.recipe.training.report_to:
