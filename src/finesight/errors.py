@@ -53,6 +53,10 @@ class EvaluationError(FinesightError):
     """An evaluation cannot be run, or a grader is unknown."""
 
 
+class GrammarError(FinesightError):
+    """A schema that answers are to follow cannot be used, or an answer cannot go on under it."""
+
+
 class ExportError(FinesightError):
     """An export does not answer as what was trained, or cannot be written or handed over."""
 

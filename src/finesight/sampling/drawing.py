@@ -92,10 +92,17 @@ def draw_from_all(
     forbidden: torch.Tensor,
     *,
     seen: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
     truncate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`draw`, with the log-probabilities of all tokens: (B,) int64 and (B, V) float32."""
+    """As :func:`draw`, with the log-probabilities of all tokens: (B,) int64 and (B, V) float32.
+
+    Args:
+        allowed: (B, ceil(V / 32)) int32, a bit for each token that a row's grammar lets it draw; None: no row has a grammar.
+    """
     scores = logits.float().index_fill(1, forbidden, -torch.inf)
+    if allowed is not None:
+        scores = scores.masked_fill(~unpacked(allowed, logits.shape[1]), -torch.inf)
     if seen is not None:
         penalty = settings.repetition_penalty[:, None]
         # Keskar et al. 2019 (CTRL), in transformers' form: towards less likely, whatever the sign.
@@ -110,6 +117,12 @@ def draw_from_all(
     # Tokens of no probability do not move the sum, so the first place past the number is one that can be drawn.
     drawn = torch.searchsorted(running, wanted, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
     return torch.where(greedy, scores.argmax(dim=-1), drawn), logprobs
+
+
+def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Bits, the lowest of each word first: (B, ceil(count / 32)) int32 -> (B, count) bool."""
+    place = torch.arange(count, dtype=torch.int32, device=bits.device)
+    return (bits[:, place >> 5] >> (place & 31)).bitwise_and_(1).bool()
 
 
 def _kept(logprobs: torch.Tensor, settings: RowSettings) -> torch.Tensor:

@@ -28,7 +28,7 @@ from finesight.data.pack import pack_step
 from finesight.data.pixels import visual_patches
 from finesight.data.processor import Processor
 from finesight.data.sample import Sample
-from finesight.errors import ModelError
+from finesight.errors import GrammarError, ModelError
 from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, block_bytes
 from finesight.models.packed import PackedModel
 from finesight.sampling.drawing import uniform_draws
@@ -161,16 +161,15 @@ class DecodingEngine:
         lane = self._next_lane()
         launched: tuple[Lane, Flight] | None = None
         if lane is not None:
+            if lane.constrained:
+                self._land_flying()
             if self._use_adapter is not None and lane is not self._in_use:
                 self._use_adapter(lane.adapter)
                 self._in_use = lane
             self._admit(lane)
             if any(lane.answers):
                 launched = lane, self._launch(lane)
-        if self._flying is not None:
-            before, flight = self._flying
-            self._flying = None
-            self._land(before, flight)
+        self._land_flying()
         self._flying = launched
 
     def finish(self) -> None:
@@ -291,10 +290,13 @@ class DecodingEngine:
             self.pool.copy_block(request.blocks[whole], blocks[0])
         stream = TextStream(self.processor.tokenizer, settings.stop) if settings.stop else None
         number = request.waiting.popleft()
-        answer = Answer(request, number, [*request.blocks[:whole], *blocks], StepKind.of(settings, request.top_logprobs), stream)
+        constraint = None if request.grammar is None else request.grammar.begin()
+        kind = StepKind.of(settings, request.top_logprobs, constrained=constraint is not None)
+        answer = Answer(request, number, [*request.blocks[:whole], *blocks], kind, stream, constraint)
         uniform = uniform_draws(settings.seed, request.place, number, settings.max_completion_length)
         lane.answers[row] = answer
         lane.rows.fill(row, sample.token_ids, sample.next_position, answer.blocks, settings, uniform)
+        lane.rows.allow(row, None if constraint is None else constraint.allowed())
         return row
 
     def _draw_first(self, lane: Lane, begun: list[int]) -> bool:
@@ -304,7 +306,8 @@ class DecodingEngine:
         kind = asked_of(answers)
         lane.rows.draw_first(begun, logits, kind)
         drawn = Flight.of(lane.rows, [], kind).wait()
-        ended = [self._take(lane, row, drawn) for row in begun]
+        # A request that fails takes its other answers with it.
+        ended = [lane.answers[row] is not answer or self._take(lane, row, drawn) for row, answer in zip(begun, answers, strict=True)]
         return any(ended)
 
     # Decoding
@@ -337,8 +340,11 @@ class DecodingEngine:
             self._graphs[lane.adapter, count, kind] = graph
         graph.replay()
 
-    def _land(self, lane: Lane, flight: Flight) -> None:
-        """Takes what a step drew; rows that ended are free from here on."""
+    def _land_flying(self) -> None:
+        """Takes what the step that is under way drew; rows that ended are free from here on."""
+        if self._flying is None:
+            return
+        (lane, flight), self._flying = self._flying, None
         drawn = flight.wait()
         for row, answer in enumerate(flight.answers):
             if answer is not None and lane.answers[row] is answer:
@@ -365,7 +371,23 @@ class DecodingEngine:
             request.on_token(answer.number, Token(token, logprob, drawn.alternatives(row, request.top_logprobs)))
         if completion is not None and request.on_end is not None:
             request.on_end(answer.number, completion)
-        return completion is not None
+        return completion is not None or not self._constrain(lane, row, token)
+
+    def _constrain(self, lane: Lane, row: int, token: int) -> bool:
+        """Goes on in the grammar of a row, if it has one; False, and the request gone, if that cannot be done."""
+        answer = cast(Answer, lane.answers[row])
+        if answer.constraint is None:
+            return True
+        try:
+            answer.constraint.take(token)
+            lane.rows.allow(row, answer.constraint.allowed())
+        except GrammarError as error:
+            self.cancel(answer.request)
+            if answer.request.on_error is None:
+                raise
+            answer.request.on_error(error)
+            return False
+        return True
 
     def _free(self, lane: Lane, row: int) -> None:
         answer = cast(Answer, lane.answers[row])

@@ -22,6 +22,7 @@ from finesight.data.sample import Sample
 from finesight.errors import ModelError
 from finesight.models.packed import PackedModel
 from finesight.sampling.engine import DecodingEngine, answering, fitting_blocks, stop_ids
+from finesight.sampling.grammar import Grammar
 from finesight.sampling.requests import EngineSize, Request, blocks_for
 from finesight.sampling.types import Completion, Progress, SamplingSettings
 
@@ -32,6 +33,7 @@ class ForkingSampler:
     Args:
         model: on the device that it is to run on. It may be in the middle of training: its mode is put back.
         image_first: as in training; moves images of a leading user turn ahead of its text.
+        grammar: that every answer follows.
         compile_layers: compile what surrounds attention in a decoding step.
         say: is told if that fails.
     """
@@ -42,11 +44,12 @@ class ForkingSampler:
         processor: Processor,
         *,
         image_first: bool = False,
+        grammar: Grammar | None = None,
         compile_layers: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.packed = model if isinstance(model, PackedModel) else PackedModel(model)
-        self.processor = processor
+        self.processor, self.grammar = processor, grammar
         self.compile_layers, self.say = compile_layers, say
         self._encoder = Encoder(processor, image_first=image_first)
         self.stop_ids = stop_ids(processor)
@@ -86,7 +89,7 @@ class _Run:
     """One call's prompts and the engine that answers them."""
 
     def __init__(self, sampler: ForkingSampler, samples: Sequence[Sample], settings: SamplingSettings) -> None:
-        self.samples, self.settings = samples, settings
+        self.samples, self.settings, self.grammar = samples, settings, sampler.grammar
         self.done: dict[tuple[int, int], Completion] = {}  # by (prompt, number of the answer)
         self.num_answers = len(samples) * settings.num_generations
         rows = min(settings.batch_size, self.num_answers)
@@ -118,7 +121,7 @@ class _Run:
             left[place] -= 1
 
         for place, sample in enumerate(self.samples):
-            self.engine.submit(Request(sample, self.settings, place=place, on_end=partial(end, place)))
+            self.engine.submit(Request(sample, self.settings, place=place, grammar=self.grammar, on_end=partial(end, place)))
         while len(self.done) < self.num_answers:
             self.engine.step()
             if on_progress is not None and (finished := left.count(0)) > told:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from finesight.data.sample import Sample
+from finesight.errors import FinesightError
 from finesight.models.decoding import BLOCK_TOKENS
+from finesight.sampling.grammar import Constraint, Grammar
 from finesight.sampling.rows import Rows, StepKind
 from finesight.sampling.text import TextStream
 from finesight.sampling.types import Completion, SamplingSettings
@@ -34,7 +36,8 @@ class Request:
     """A prompt, and the answers to it that are asked for. Belongs to one engine from `submit` on.
 
     `on_token` and `on_end` are called from within `DecodingEngine.step` with the number of the answer; the token that ends
-    a turn is handed on too. They must not call the engine.
+    a turn is handed on too. `on_error` is called once if there will be no more answers; without it the error leaves `step`. None of
+    them must call the engine.
     """
 
     sample: Sample
@@ -42,8 +45,10 @@ class Request:
     adapter: str | None = None  # which lane; None: the base, or the model as it is where adapters are not switched
     place: int = 0  # decides the draws, together with the seed
     top_logprobs: int = 0
+    grammar: Grammar | None = None  # that each answer follows
     on_token: Callable[[int, Token], None] | None = None
     on_end: Callable[[int, Completion], None] | None = None
+    on_error: Callable[[FinesightError], None] | None = None
     arrival: int = field(default=-1, init=False)
     waiting: deque[int] = field(default_factory=deque, init=False)  # numbers of answers not begun
     blocks: list[int] = field(default_factory=list, init=False)  # of the prompt, held until the last answer has begun
@@ -64,6 +69,7 @@ class Answer:
     blocks: list[int]
     kind: StepKind
     stream: TextStream | None  # where stop texts are watched for
+    constraint: Constraint | None = None  # where the request has a grammar
     text: str = ""  # of the stream
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -82,6 +88,11 @@ class Lane:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.begun) or any(self.answers)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether what an answer may draw next depends on what it drew last."""
+        return any(answer is not None and answer.constraint is not None for answer in self.answers)
 
     def free_row(self) -> int | None:
         return next((row for row, answer in enumerate(self.answers) if answer is None), None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,16 @@ class StepKind:
     truncates: bool = False  # top-k, top-p or min-p
     penalises: bool = False  # a penalty against repetition
     alternatives: bool = False  # the likeliest tokens beside the one drawn
+    constrained: bool = False  # a grammar
 
     @staticmethod
-    def of(settings: SamplingSettings, top_logprobs: int) -> StepKind:
+    def of(settings: SamplingSettings, top_logprobs: int, *, constrained: bool = False) -> StepKind:
         """What one row asks."""
         truncates = settings.temperature > 0 and (settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0)
-        return StepKind(truncates, settings.repetition_penalty != 1, top_logprobs > 0)
+        return StepKind(truncates, settings.repetition_penalty != 1, top_logprobs > 0, constrained)
 
     def __or__(self, other: StepKind) -> StepKind:
-        return StepKind(self.truncates or other.truncates, self.penalises or other.penalises, self.alternatives or other.alternatives)
+        return StepKind(*(getattr(self, field.name) or getattr(other, field.name) for field in fields(self)))
 
 
 class Rows:
@@ -59,6 +60,7 @@ class Rows:
         self.top = min(MOST_TOP_LOGPROBS, vocabulary)
         self.top_tokens, self.top_logprobs = zeros(rows, self.top), zeros(rows, self.top, dtype=torch.float32)
         self.seen: torch.Tensor | None = None  # (B, V) bool, once a row has a penalty
+        self.allowed: torch.Tensor | None = None  # (B, ceil(V / 32)) int32, bits of what grammars let rows draw, once a row has one
         self.forbidden, self.vocabulary, self.device = forbidden, vocabulary, device
 
     def clear(self, row: int) -> None:
@@ -88,6 +90,18 @@ class Rows:
             self.seen[row, torch.from_numpy(np.unique(prompt)).to(self.device)] = True
         self.steps[row], self.lengths[row], self.positions[row] = 1, len(prompt), next_position
 
+    def allow(self, row: int, bits: np.ndarray | None) -> None:
+        """What a row may draw next.
+
+        Args:
+            bits: (ceil(V / 32),) int32; None: everything.
+        """
+        if self.allowed is None:
+            if bits is None:
+                return
+            self.allowed = torch.full((len(self.tokens), len(bits)), -1, dtype=torch.int32, device=self.device)
+        self.allowed[row] = -1 if bits is None else torch.from_numpy(bits).to(self.device)
+
     def draw_first(self, begun: list[int], logits: torch.Tensor, kind: StepKind) -> None:
         """The first tokens of rows, from what followed their prompts: (len(begun), V)."""
         index = torch.tensor(begun, device=self.device)
@@ -112,7 +126,8 @@ class Rows:
         self, where: slice | torch.Tensor, logits: torch.Tensor, uniform: torch.Tensor, seen: torch.Tensor | None, kind: StepKind
     ) -> None:
         settings = self.settings.of(where)
-        token, logprobs = draw_from_all(logits, uniform, settings, self.forbidden, seen=seen, truncate=kind.truncates)
+        allowed = self.allowed[where] if kind.constrained and self.allowed is not None else None
+        token, logprobs = draw_from_all(logits, uniform, settings, self.forbidden, seen=seen, allowed=allowed, truncate=kind.truncates)
         self.tokens[where], self.logprobs[where] = token, logprobs.gather(1, token[:, None]).squeeze(1)
         if kind.alternatives:
             self.top_logprobs[where], self.top_tokens[where] = logprobs.topk(self.top, dim=-1)

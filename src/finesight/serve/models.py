@@ -17,6 +17,7 @@ from finesight.models.load import LoadedModel, load_model
 from finesight.models.packed import PackedModel
 from finesight.recipe import DataSettings, ModelSettings
 from finesight.sampling.engine import DecodingEngine, fitting_blocks, stop_ids
+from finesight.sampling.grammar import GrammarCompiler
 from finesight.sampling.requests import EngineSize, blocks_for
 from finesight.serve.settings import ServeSettings
 
@@ -73,6 +74,15 @@ class ModelShelf:
         folder = checkpoint_folder(settings.name_or_path, settings.hub, settings.revision)
         for adapter, path in adapters.items():
             self.models[adapter] = _adapter(adapter, path, folder, settings, data, now)
+
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Makes grammars for answers of any of the models: they have one tokenizer.
+
+        Raises:
+            GrammarError: the library for it is missing.
+        """
+        vocabulary = self.packed.base.config.text_config.vocab_size
+        return GrammarCompiler(self.loaded.processor.tokenizer, vocabulary, self.stop_ids)
 
     def engine(self, settings: ServeSettings) -> DecodingEngine:
         """An engine for these models, with a cache for as many answers as asked for, or as fit.

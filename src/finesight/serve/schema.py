@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finesight.sampling.rows import MOST_TOP_LOGPROBS
 from finesight.serve.errors import ApiError
+from finesight.serve.response_format import ResponseFormat
 
 _MOST_STOPS = 4  # as OpenAI has it
 _StopText = Annotated[str, Field(min_length=1, max_length=256)]
@@ -92,7 +93,7 @@ class ChatRequest(_Form):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -117,7 +118,6 @@ class ChatRequest(_Form):
             ApiError: 400, with the field.
         """
         unsupported = {
-            "response_format": self.response_format not in (None, {"type": "text"}),
             "presence_penalty": self.presence_penalty not in (None, 0),
             "frequency_penalty": self.frequency_penalty not in (None, 0),
             "logit_bias": bool(self.logit_bias),
@@ -128,7 +128,6 @@ class ChatRequest(_Form):
             "modalities": self.modalities not in (None, ["text"]),
         }
         instead = {
-            "response_format": "describe the form in the prompt, or train on answers of that form",
             "presence_penalty": "use repetition_penalty",
             "frequency_penalty": "use repetition_penalty",
         }

@@ -21,6 +21,7 @@ from finesight.serve.errors import ApiError
 from finesight.serve.messages import SOURCE, MediaAccess, to_conversation
 from finesight.serve.metrics import Metrics
 from finesight.serve.models import ModelShelf, ServedModel
+from finesight.serve.response_format import ResponseGrammars
 from finesight.serve.schema import ChatRequest
 from finesight.serve.settings import ServeSettings
 from finesight.serve.worker import Job, Worker
@@ -56,6 +57,7 @@ class Service:
         self.closing = False
         self.held = 0
         self._access = MediaAccess(settings.allow_urls, settings.allowed_dirs, settings.max_body_bytes, settings.timeout_s)
+        self._grammars = ResponseGrammars(shelf.grammar_compiler)
         self._decoding = asyncio.Semaphore(_AT_ONCE)
 
     def model(self, name: str) -> ServedModel:
@@ -98,6 +100,7 @@ class Service:
 
     async def _begin(self, accepted: Accepted) -> Job:
         async with self._decoding:
+            grammar = await asyncio.to_thread(self._grammars.of, accepted.chat.response_format)
             sample = await asyncio.to_thread(self._encoded, accepted.chat, accepted.model)
         chat, settings = accepted.chat, self._sampling(accepted.chat, len(sample))
         job = Job(
@@ -106,6 +109,7 @@ class Service:
             accepted.model.adapter,
             tokens=bool(chat.stream or chat.logprobs),
             top_logprobs=chat.top_logprobs or 0,
+            grammar=grammar,
             loop=asyncio.get_running_loop(),
         )
         self.worker.submit(job)

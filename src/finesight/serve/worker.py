@@ -15,6 +15,7 @@ from torch import nn
 from finesight.data.sample import Sample
 from finesight.errors import FinesightError
 from finesight.sampling.engine import DecodingEngine, answering
+from finesight.sampling.grammar import Grammar
 from finesight.sampling.requests import Request, Token
 from finesight.sampling.types import Completion, SamplingSettings
 from finesight.serve.errors import ApiError
@@ -30,6 +31,7 @@ class Job:
     Args:
         adapter: that answers; None: the base.
         tokens: whether each token is wanted, or only whole answers.
+        grammar: that the answers follow.
         loop: that events are handed to.
     """
 
@@ -41,13 +43,23 @@ class Job:
         *,
         tokens: bool,
         top_logprobs: int,
+        grammar: Grammar | None = None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = loop
         self._left = settings.num_generations
         on_token: Callable[[int, Token], None] | None = self._on_token if tokens else None
-        self.request = Request(sample, settings, adapter, top_logprobs=top_logprobs, on_token=on_token, on_end=self._on_end)
+        self.request = Request(
+            sample,
+            settings,
+            adapter,
+            top_logprobs=top_logprobs,
+            grammar=grammar,
+            on_token=on_token,
+            on_end=self._on_end,
+            on_error=self._on_error,
+        )
 
     @property
     def ended(self) -> bool:
@@ -65,6 +77,9 @@ class Job:
     def _on_end(self, number: int, completion: Completion) -> None:
         self._left -= 1
         self._tell((number, completion))
+
+    def _on_error(self, error: FinesightError) -> None:
+        self.fail(ApiError(400, str(error), code="invalid_json_schema", param="response_format"))
 
     def _tell(self, event: Event) -> None:
         try:
