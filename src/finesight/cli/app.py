@@ -437,6 +437,13 @@ def serve(
     timeout_s: Annotated[float, typer.Option(help="Longest time that a request takes, in seconds; then 408.")] = 300.0,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from public http(s) addresses that requests name.")] = False,
     media_dir: Annotated[list[Path] | None, typer.Option(help="Folder that requests may name files in.", show_default="none")] = None,
+    engine: Annotated[
+        Literal["finesight", "vllm", "sglang"],
+        typer.Option(help="What answers: this project's own server, or another one that is installed."),
+    ] = "finesight",
+    print_only: Annotated[bool, typer.Option("--print", help="With another engine: print its command, start nothing.")] = False,
+    tensor_parallel_size: Annotated[int, typer.Option(help="With another engine: GPUs that share the model.")] = 1,
+    images_per_prompt: Annotated[int | None, typer.Option(help="With another engine: most images of a request.")] = None,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
     dtype: DtypeOption = "auto",
@@ -451,6 +458,7 @@ def serve(
     Ctrl-C (or SIGTERM) takes no more requests and answers those that are held.
     """
     from finesight.cli.serve import serve_models
+    from finesight.cli.serve_engine import hand_over
     from finesight.recipe import DataSettings
     from finesight.serve.settings import ServeSettings
 
@@ -471,6 +479,26 @@ def serve(
     )
     data = DataSettings(**given(min_pixels=min_pixels, max_pixels=max_pixels))
     with _in_flags():
+        if engine != "finesight":
+            hand_over(
+                engine,
+                model,
+                adapter or [],
+                limits,
+                name=name,
+                data=data,
+                tensor_parallel_size=tensor_parallel_size,
+                images_per_prompt=images_per_prompt,
+                print_only=print_only,
+                console=Console(stderr=True),
+                dtype=dtype,
+                **precision,
+            )
+            return
+        if print_only or tensor_parallel_size != 1 or images_per_prompt is not None:
+            raise typer.BadParameter(
+                "goes with --engine vllm or sglang alone", param_hint="--print, --tensor-parallel-size, --images-per-prompt"
+            )
         serve_models(model, adapter or [], limits, name=name, data=data, console=Console(stderr=True), dtype=dtype, **precision)
 
 

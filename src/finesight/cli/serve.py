@@ -11,7 +11,7 @@ from rich.console import Console
 
 from finesight.cli.weights import is_adapter_folder, model_settings, require_weights, run_folder
 from finesight.errors import FinesightError, ModelError
-from finesight.recipe import DataSettings
+from finesight.recipe import DataSettings, ModelSettings
 from finesight.serve.settings import ServeSettings
 
 
@@ -34,6 +34,28 @@ def named_adapters(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def served(
+    model: str | None, adapters: Sequence[str], name: str | None, dtype: Any, **precision: Any
+) -> tuple[ModelSettings, dict[str, Path], str | None]:
+    """(The base, folders of the adapters by their names, name of the base).
+
+    Args:
+        model: checkpoint; none: the base that the first adapter names, or a fully tuned model that stands in its place.
+        adapters: as :func:`named_adapters` takes them.
+        precision: load_in_4bit and its siblings.
+
+    Raises:
+        ModelError, RecipeError: something does not exist, or does not go together.
+    """
+    folders = named_adapters(adapters)
+    first = next(iter(folders), None)
+    settings = model_settings(model, None if first is None else folders[first], dtype, **precision)
+    whole = [each for each, folder in folders.items() if not is_adapter_folder(folder)]
+    if whole and len(folders) > 1:
+        raise ModelError(f"{folders[whole[0]]} is a whole model, not an adapter: it is served alone.")
+    return (settings, {}, name or whole[0]) if whole else (settings, folders, name)
+
+
 def serve_models(
     model: str | None,
     adapters: Sequence[str],
@@ -48,8 +70,7 @@ def serve_models(
     """Serves until it is told to end.
 
     Args:
-        model: checkpoint; none: the base that the first adapter names, or a fully tuned model that stands in its place.
-        adapters: as :func:`named_adapters` takes them.
+        model, adapters, name: as :func:`served` takes them.
         precision: load_in_4bit and its siblings.
 
     Raises:
@@ -58,14 +79,7 @@ def serve_models(
     missing = [library for library in ("fastapi", "prometheus_client", "uvicorn") if importlib.util.find_spec(library) is None]
     if missing:
         raise FinesightError(f"The server needs the extra `serve` ({', '.join(missing)} missing). Run `pip install 'finesight[serve]'`.")
-    folders = named_adapters(adapters)
-    first = next(iter(folders), None)
-    settings = model_settings(model, None if first is None else folders[first], dtype, **precision)
-    whole = [each for each, folder in folders.items() if not is_adapter_folder(folder)]
-    if whole and len(folders) > 1:
-        raise ModelError(f"{folders[whole[0]]} is a whole model, not an adapter: it is served alone.")
-    if whole:
-        name, folders = name or whole[0], {}
+    settings, folders, name = served(model, adapters, name, dtype, **precision)
     from finesight.serve.app import serve
     from finesight.serve.models import ModelShelf
 
