@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-gpu docs clean
+.PHONY: help setup demo test check format test-gpu fuzz docs clean
 
 help:  ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: setup check  ## check, then every test that runs on a CPU
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+fuzz: setup  ## 10,000 requests drawn from the server's OpenAPI schema (make test sends 300)
+	$(TEST_ENV) FINESIGHT_FUZZ_REQUESTS=10000 $(BIN)/python -m pytest -n 0 -s tests/serve/test_fuzz.py
 
 format: setup  ## Rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
