@@ -292,6 +292,9 @@ def predict(
     media_dir: Annotated[str | None, typer.Option(help="For data files: second folder that image paths are resolved against.")] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) images that rows name.")] = False,
     on_bad_row: Annotated[Literal["stop", "skip"], typer.Option(help="What to do about rows that cannot be used.")] = "stop",
+    schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema that answers follow; needs the extra `schema`.", show_default="none")
+    ] = None,
     dtype: DtypeOption = "auto",
     load_in_4bit: FourBitOption = False,
     load_in_8bit: EightBitOption = False,
@@ -299,7 +302,7 @@ def predict(
     quantize_vocabulary: QuantizeVocabularyOption = False,
     quantize_tower: QuantizeTowerOption = False,
 ) -> None:
-    """Answer questions about images: one JSON object a line.
+    """Answer questions about images: one JSON object a line. A run that was stopped goes on when it is started again.
 
     With an adapter, pixel limits, frame rate and system prompt are those that it was trained with.
     """
@@ -319,6 +322,7 @@ def predict(
             SamplingSettings(max_completion_length, temperature, top_p, seed=seed, batch_size=batch_size),
             data=DataSettings(**given(min_pixels=min_pixels, max_pixels=max_pixels), allow_urls=allow_urls, on_bad_row=on_bad_row),
             source=SourceSettings(path=inputs[0], media_dir=media_dir, system=system),
+            schema=schema,
             console=Console(stderr=True),
         )
     if output is not None:

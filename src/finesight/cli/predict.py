@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 from rich.console import Console
 
+from finesight.cli.predict_output import dependencies, opened
 from finesight.cli.progress import task_progress
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.encode import Encoder
@@ -21,10 +20,12 @@ from finesight.data.pixels import visual_patches
 from finesight.data.tables import FILE_SUFFIXES
 from finesight.errors import BadRow, DataError, FinesightError, RecipeError
 from finesight.evaluation.results import media_label, prompt_text
-from finesight.models.adapter_metadata import read_metadata
+from finesight.models.adapter_metadata import read_metadata, restore_data_settings
 from finesight.models.load import LoadedModel, load_model
 from finesight.recipe import DataSettings, ModelSettings, SourceSettings
+from finesight.sampling.engine import stop_ids
 from finesight.sampling.forking_sampler import ForkingSampler
+from finesight.sampling.grammar import GrammarCompiler, read_schema
 from finesight.sampling.types import Completion, SamplingSettings
 
 _BATCHES_PER_CHUNK = 16  # answers are written after so many batches, so that little is lost when the run is stopped
@@ -122,39 +123,50 @@ def answer_all(
     settings: SamplingSettings,
     *,
     image_first: bool,
+    first: int = 0,
+    schema: Mapping[str, Any] | None = None,
     on_bad: Callable[[BadRow], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Records of the answers, in the order of the conversations, chunk by chunk.
 
-    Images are decoded once before their chunk is answered, so that a damaged one costs no other its answer.
+    Images are decoded once before their chunk is answered, so that a damaged one costs no other its answer. An answer depends on
+    its conversation's place among all of them, not on which others are answered in this call.
 
     Args:
+        first: conversation to begin with; those before it are answered already.
+        schema: JSON schema that answers follow.
         on_bad: told each row that cannot be encoded or decoded, which is left out; None: such a row is an error, once
             the rows before it are answered.
 
     Raises:
         DataError: a row cannot be used, and there is no `on_bad`.
+        GrammarError: the schema cannot be used.
         ModelError: from answering.
     """
     encoder = Encoder(loaded.processor, image_first=image_first)
-    sampler = ForkingSampler(loaded.model, loaded.processor, image_first=image_first)
+    grammar = None
+    if schema is not None:
+        vocabulary = loaded.base.config.text_config.vocab_size
+        grammar = GrammarCompiler(loaded.processor.tokenizer, vocabulary, stop_ids(loaded.processor)).compile(schema)
+    sampler = ForkingSampler(loaded.model, loaded.processor, image_first=image_first, grammar=grammar)
     chunk = settings.batch_size * _BATCHES_PER_CHUNK
-    for start in range(0, len(conversations), chunk):
+    for start in range(first, len(conversations), chunk):
         part, bad = _usable(conversations[start : start + chunk], encoder, loaded, on_bad)
         report = None if on_progress is None else _shifted(on_progress, start, len(conversations))
-        completions = sampler.generate([c.prompt() for c in part], settings, report) if part else []
-        yield from (prediction(c, completion) for c, completion in zip(part, completions, strict=True))
+        prompts, places = [c.prompt() for _, c in part], [start + place for place, _ in part]
+        completions = sampler.generate(prompts, settings, report, places=places) if part else []
+        yield from (prediction(c, completion) for (_, c), completion in zip(part, completions, strict=True))
         if bad is not None:
             raise DataError(f"{bad}. Correct it, or set data.on_bad_row: skip to go on without it.", [bad])
 
 
 def _usable(
     conversations: Sequence[Conversation], encoder: Encoder, loaded: LoadedModel, on_bad: Callable[[BadRow], None] | None
-) -> tuple[list[Conversation], BadRow | None]:
-    """Those that can be encoded and decoded; without `on_bad` those before the first that cannot, and that one."""
-    good: list[Conversation] = []
-    for conversation in conversations:
+) -> tuple[list[tuple[int, Conversation]], BadRow | None]:
+    """Those that can be encoded and decoded, with their places; without `on_bad` those before the first that cannot, and that one."""
+    good: list[tuple[int, Conversation]] = []
+    for place, conversation in enumerate(conversations):
         try:
             for item in encoder.encode_prompt(conversation.prompt()).visual_items:
                 visual_patches(item, loaded.processor)
@@ -165,7 +177,7 @@ def _usable(
                 return good, bad
             on_bad(bad)
         else:
-            good.append(conversation)
+            good.append((place, conversation))
     return good, None
 
 
@@ -198,97 +210,65 @@ def predict_to(
     *,
     data: DataSettings,
     source: SourceSettings,
+    schema: Path | None = None,
     console: Console,
 ) -> int:
-    """Answers everything, one JSON object a line; returns how many answers there were.
+    """Answers everything, one JSON object a line; returns how many answers there are.
 
     Args:
-        output: file to write, which appears or is replaced once all is answered; None: stdout.
+        output: file to write, which appears or is replaced once all is answered; None: stdout. What a run that was stopped has
+            answered is not answered again.
         data: what goes before the pixel limits and frame sampling that an adapter was trained with.
         source: how data files are read, and the system prompt that goes before the adapter's.
+        schema: file with a JSON schema that answers follow.
         console: for progress and notes.
 
     Raises:
-        DataError, ModelError, RecipeError: from reading, loading and answering.
+        DataError, GrammarError, ModelError, RecipeError: from reading, loading and answering.
     """
     trained = read_metadata(model.adapter or model.name_or_path)
     image_first = data.image_first
     if trained is not None:
         image_first = trained.image_first
         source = source if source.system else source.model_copy(update={"system": trained.system})
+    form = None if schema is None else _schema(schema)
     conversations = read_inputs(paths, question, data=data, source=source, console=console)
     console.print(f"Loading {model.name_or_path}{f' with {model.adapter}' if model.adapter else ''}", markup=False, highlight=False)
     loaded = load_model(model, data=data)
-    written = 0
-    left_out: list[BadRow] = []
-    with _opened(output, console) as out, task_progress(console) as report:
+    seen = data if trained is None else restore_data_settings(model.adapter or model.name_or_path, data)[0]
+    cut = 0
+    with (
+        opened(output, dependencies(model, settings, seen, form, conversations), conversations, console) as (out, earlier),
+        task_progress(console) as report,
+    ):
+        written, left_out = earlier.answers, list(earlier.left_out)
         answers = answer_all(
             loaded,
             conversations,
             settings,
             image_first=image_first,
+            first=earlier.next_index,
+            schema=form,
             on_bad=left_out.append if data.on_bad_row == "skip" else None,
             on_progress=lambda done, total: report("answers", done, total),
         )
         for record in answers:
             out(json.dumps(record, ensure_ascii=False) + "\n")
             written += 1
+            cut += form is not None and record["finish_reason"] == "length"
         if left_out and not written:
             raise DataError("None of the rows can be used:\n" + "\n".join(f"  {row}" for row in left_out), left_out)
     if left_out:
         listing = in_flags("\n".join(f"  {row}" for row in left_out))
         console.print(f"Left out {len(left_out)} of {len(conversations)} rows:\n{listing}", markup=False, highlight=False, soft_wrap=True)
+    if cut:
+        text = f"{cut} answers were cut off at {settings.max_completion_length} tokens and do not follow the schema; raise --max-completion-length."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     return written
 
 
-@contextmanager
-def _opened(output: Path | None, console: Console) -> Iterator[Callable[[str], None]]:
-    """What writes a line. A file is written beside its place and takes it at the end; what was answered before an error stays there."""
-    if output is None or (output.exists() and not output.is_file() and not output.is_dir()):  # the latter: /dev/null, a pipe
-        with nullcontext(sys.stdout) if output is None else _writable(output, "w") as stream:
-            yield lambda line: _write(stream, line)
-        return
-    if output.is_dir():
-        raise DataError(f"{output} is a folder. Give a file with --output.")
-    partial = output.with_name(output.name + ".partial")
-    written = 0
-    with _writable(partial, "a") as file:
-
-        def write(line: str) -> None:
-            nonlocal written
-            if not written:
-                file.truncate(0)  # what an earlier error left stays until there is something in its place
-            _write(file, line)
-            written += 1
-
-        try:
-            yield write
-        except BaseException:
-            if written:
-                console.print(f"The {written:,} answers so far are in {partial}.", markup=False, highlight=False, soft_wrap=True)
-            elif partial.stat().st_size == 0:
-                partial.unlink()
-            raise
-        if not written:
-            file.truncate(0)
-    if output.exists():
-        console.print(f"{output} was there and is replaced.", markup=False, highlight=False, soft_wrap=True)
-    partial.replace(output)
-
-
-def _writable(path: Path, mode: str) -> TextIO:
+def _schema(path: Path) -> dict[str, Any]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return cast(TextIO, path.open(mode, encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}. Give another place with --output.") from None
-
-
-def _write(stream: TextIO, line: str) -> None:
-    try:
-        stream.write(line)
-        stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise DataError(f"Answers cannot be written: {error.strerror}. Give another place with --output.") from None
+        return read_schema(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The schema {path} cannot be read: {error}.") from None

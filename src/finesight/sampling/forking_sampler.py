@@ -56,28 +56,41 @@ class ForkingSampler:
         self.forbidden = (processor.image_token_id, processor.video_token_id)
 
     def generate(
-        self, prompts: Sequence[Conversation], settings: SamplingSettings, on_progress: Progress | None = None
+        self,
+        prompts: Sequence[Conversation],
+        settings: SamplingSettings,
+        on_progress: Progress | None = None,
+        *,
+        places: Sequence[int] | None = None,
     ) -> list[Completion]:
         """`num_generations` completions for each prompt, side by side, in the prompts' order.
 
         The answers to a prompt depend on its place and the seed, not on which others are there.
+
+        Args:
+            places: of the prompts in a longer list of which they are a part; None: this is the list.
 
         Raises:
             DataError, TemplateError: a prompt cannot be encoded or an image not opened.
             ModelError: the GPU has no memory for the keys and values of a single answer.
         """
         samples = [self._encoder.encode_prompt(prompt) for prompt in prompts]
-        return self.generate_samples(samples, settings, on_progress)
+        return self.generate_samples(samples, settings, on_progress, places=places)
 
     def generate_samples(
-        self, samples: Sequence[Sample], settings: SamplingSettings, on_progress: Progress | None = None
+        self,
+        samples: Sequence[Sample],
+        settings: SamplingSettings,
+        on_progress: Progress | None = None,
+        *,
+        places: Sequence[int] | None = None,
     ) -> list[Completion]:
         """The same for prompts that are encoded already."""
         if not samples:
             return []
         try:
             with answering(self.packed):
-                return _Run(self, samples, settings).complete(on_progress)
+                return _Run(self, samples, settings, places).complete(on_progress)
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"The GPU is out of memory answering prompts of up to {max(map(len, samples)):,} tokens, {settings.batch_size} answers side by "
@@ -88,9 +101,12 @@ class ForkingSampler:
 class _Run:
     """One call's prompts and the engine that answers them."""
 
-    def __init__(self, sampler: ForkingSampler, samples: Sequence[Sample], settings: SamplingSettings) -> None:
+    def __init__(
+        self, sampler: ForkingSampler, samples: Sequence[Sample], settings: SamplingSettings, places: Sequence[int] | None = None
+    ) -> None:
+        self.places = range(len(samples)) if places is None else places
         self.samples, self.settings, self.grammar = samples, settings, sampler.grammar
-        self.done: dict[tuple[int, int], Completion] = {}  # by (prompt, number of the answer)
+        self.done: dict[tuple[int, int], Completion] = {}  # by (index of the prompt, number of the answer)
         self.num_answers = len(samples) * settings.num_generations
         rows = min(settings.batch_size, self.num_answers)
         length = max(len(sample) for sample in samples) + settings.max_completion_length
@@ -116,12 +132,12 @@ class _Run:
         left = [self.settings.num_generations] * len(self.samples)
         told = 0
 
-        def end(place: int, number: int, completion: Completion) -> None:
-            self.done[place, number] = completion
-            left[place] -= 1
+        def end(index: int, number: int, completion: Completion) -> None:
+            self.done[index, number] = completion
+            left[index] -= 1
 
-        for place, sample in enumerate(self.samples):
-            self.engine.submit(Request(sample, self.settings, place=place, grammar=self.grammar, on_end=partial(end, place)))
+        for index, (sample, place) in enumerate(zip(self.samples, self.places, strict=True)):
+            self.engine.submit(Request(sample, self.settings, place=place, grammar=self.grammar, on_end=partial(end, index)))
         while len(self.done) < self.num_answers:
             self.engine.step()
             if on_progress is not None and (finished := left.count(0)) > told:
@@ -129,4 +145,4 @@ class _Run:
                 on_progress(told, len(self.samples))
         self.engine.finish()  # nothing of this run is under way any more when its memory goes
         generations = range(self.settings.num_generations)
-        return [self.done[place, number] for place in range(len(self.samples)) for number in generations]
+        return [self.done[index, number] for index in range(len(self.samples)) for number in generations]
