@@ -62,6 +62,8 @@ def test_adapter_and_merged_in_float32(family: str, base_of, adapter_of, tmp_pat
     with quiet_peft():
         by_peft = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=torch.float32), str(adapter)).eval()
     merged = kind.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    untrained = plain_logprobs(kind.from_pretrained(base, dtype=torch.float32).eval(), loaded, said.samples[0], said.answers[0])
+    assert (untrained - torch.tensor(said.logprobs[0])).abs().max() > 0.01  # the adapter changes what is compared
     for model in (by_peft, merged):
         found = plain_logprobs(model, loaded, said.samples[0], said.answers[0])
         assert torch.allclose(found, torch.tensor(said.logprobs[0]).float(), atol=1e-4, rtol=0)

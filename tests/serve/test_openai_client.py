@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -118,6 +124,20 @@ def test_eight_at_once_are_answered_as_one_at_a_time(client):
     alone = [answer(number) for number in range(16)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(answer, range(16))) == alone
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_guides_request(server, tmp_path):
+    """As a reader types it, but for the address."""
+    guide = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^curl http://127\.0\.0\.1:8000.*?^```", guide, re.DOTALL | re.MULTILINE)[0].removesuffix("```")
+    (tmp_path / "chart.png").write_bytes(png())
+    shown = subprocess.run(
+        ["bash", "-c", f"set -e; {command.replace('http://127.0.0.1:8000', server.address)}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, env={"PATH": os.environ["PATH"], "no_proxy": "127.0.0.1"},
+    )  # fmt: skip
+    answer = json.loads(shown.stdout)
+    assert answer["model"] == "charts" and answer["choices"][0]["message"]["content"] and answer["usage"]["prompt_tokens"] > 5
 
 
 def test_errors_are_of_the_classes_that_the_client_knows(client, serving):

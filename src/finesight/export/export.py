@@ -34,7 +34,7 @@ _TENSOR_BOUNDS = {"float32": 1e-6, "bfloat16": 2.0**-8, "stochastic": 2.0**-7, "
 TOWER_NOTE = (
     "The adapter changes {count} matrices of the vision tower and merger. As an adapter: transformers with peft applies them; vLLM applies "
     "them only where its version and model support LoRA in the tower (--enable-tower-connector-lora) and otherwise leaves them out with no more "
-    "than a warning; llama.cpp applies adapters to the language model alone; what SGLang does with them is not known here. Merged, every engine "
+    "than a warning; llama.cpp and SGLang (0.5.23) apply adapters to the language model alone. Merged, every engine "
     "has them."
 )
 

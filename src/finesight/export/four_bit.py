@@ -1,4 +1,7 @@
-"""Matrices in NF4 as bitsandbytes serialises them, so that transformers and vLLM load the checkpoint by themselves."""
+"""Matrices in NF4 as bitsandbytes serialises them, so that transformers loads the checkpoint by itself.
+
+So does vLLM up to 0.27 at least; 0.33 has no weights of bitsandbytes any more.
+"""
 
 from __future__ import annotations
 
