@@ -447,7 +447,7 @@ def serve(
     ] = "finesight",
     print_only: Annotated[bool, typer.Option("--print", help="With another engine: print its command, start nothing.")] = False,
     tensor_parallel_size: Annotated[int, typer.Option(help="With another engine: GPUs that share the model.")] = 1,
-    images_per_prompt: Annotated[int | None, typer.Option(help="With another engine: most images of a request.")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(min=0, help="With another engine: most images of a request.")] = None,
     min_pixels: MinPixelsOption = None,
     max_pixels: MaxPixelsOption = None,
     dtype: DtypeOption = "auto",

@@ -30,6 +30,7 @@ _SCOPED_LIMITS: Version = (0, 33, 0)
 _LAST_BITSANDBYTES: Version = (0, 27, 99)
 _RANK_PATTERNS: Version = (0, 33, 0)
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MERGE = "Serve a merged model: `finesight export --to merged`."
 _NO_DOMAIN = "none.invalid"  # RFC 2606: never resolves, so that no address is fetched
 # Limits that only the project's own server has.
 _OWN_LIMITS = {
@@ -163,16 +164,13 @@ def _check(engine: EngineName, wanted: Wanted) -> None:
         if getattr(wanted.limits, limit) != getattr(defaults, limit):
             raise ModelError(f"{flag} is a limit of the server of this project; {label} has none such. Leave it out.")
     if model.load_in_8bit:
-        raise ModelError(f"{label} does not quantise to 8-bit integers while loading. Leave out --load-in-8bit, or take --load-in-fp8.")
+        raise ModelError(f"{label} does not quantise to 8-bit integers while loading. {_MERGE} Or take --load-in-fp8.")
     if model.quantize_vocabulary or model.quantize_tower:
         raise ModelError(f"{label} decides by itself which matrices are quantised. Leave out --quantize-vocabulary and --quantize-tower.")
     for adapter in wanted.adapters:
         if adapter.unusual:
             raise ModelError(f"{adapter.folder} uses {', '.join(adapter.unusual)}, which {label} does not load. {_MERGE}")
     _check_heads(wanted)
-
-
-_MERGE = "Serve a merged model: `finesight export --to merged`."
 
 
 def _check_heads(wanted: Wanted) -> None:
@@ -244,7 +242,7 @@ def _vllm(wanted: Wanted, data: DataSettings, version: Version) -> EngineCommand
     limits, model, notes = wanted.limits, wanted.model, []
     if model.load_in_4bit and version > _LAST_BITSANDBYTES:
         raise ModelError(
-            f"vLLM {_dotted(version)} has no 4-bit weights of bitsandbytes. Take --load-in-fp8, or serve with --engine finesight."
+            f"vLLM {_dotted(version)} has no 4-bit weights of bitsandbytes. {_MERGE} Or take --load-in-fp8, or --engine finesight."
         )
     if len(limits.allowed_dirs) > 1:
         raise ModelError("vLLM opens files of one folder alone (--allowed-local-media-path). Give one --media-dir.")
