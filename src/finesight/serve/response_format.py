@@ -6,45 +6,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from json import dumps
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from finesight.errors import GrammarError
 from finesight.sampling.grammar import JSON_OBJECT, Grammar, GrammarCompiler
 from finesight.serve.errors import ApiError
+from finesight.serve.schema import JsonSchemaFormat, ResponseFormat, TextFormat
 
 _MOST_SCHEMA_CHARACTERS = 2**16
 _KEPT = 32  # grammars of the schemas used last: clients ask again and again with the same few
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Schema(_Form):
-    """What OpenAI has under `json_schema`. Answers follow the schema whether `strict` is set or not."""
-
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")
-    definition: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-
-class TextFormat(_Form):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(_Form):
-    type: Literal["json_object"]
-
-
-class JsonSchemaFormat(_Form):
-    type: Literal["json_schema"]
-    json_schema: Schema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
 class ResponseGrammars:
@@ -60,7 +30,7 @@ class ResponseGrammars:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 
-    def of(self, form: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> Grammar | None:
+    def of(self, form: ResponseFormat | None) -> Grammar | None:
         """The grammar of a format; None for text.
 
         Raises:

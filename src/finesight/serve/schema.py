@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finesight.sampling.rows import MOST_TOP_LOGPROBS
 from finesight.serve.errors import ApiError
-from finesight.serve.response_format import ResponseFormat
 
 _MOST_STOPS = 4  # as OpenAI has it
 _StopText = Annotated[str, Field(min_length=1, max_length=256)]
@@ -72,6 +71,31 @@ class Message(_Form):
 class StreamOptions(_Form):
     include_usage: bool = False
     include_obfuscation: bool | None = None
+
+
+class JsonSchema(_Form):
+    """What OpenAI has under `json_schema`. Answers follow the schema whether `strict` is set or not."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")
+    definition: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextFormat(_Form):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Form):
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(_Form):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
 class ChatRequest(_Form):
