@@ -26,6 +26,18 @@ def rows_of(count: int, **settings) -> RowSettings:
     return rows
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e-5, 1e-4])
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 1e6])
+def test_settings_at_their_ends_give_numbers(temperature: float, penalty: float) -> None:
+    """Nothing leaves the range of float32, where a log-probability would be no number."""
+    scores = torch.tensor([300.0, -300.0, 0.0]).expand(4, -1)
+    seen = torch.tensor([[True, True, False]]).expand(4, -1)
+    rows = rows_of(4, temperature=temperature, repetition_penalty=penalty)
+    tokens, logprobs = draw(scores, torch.tensor([0.0, 0.3, 0.6, 0.999], dtype=torch.float64), rows, NONE, seen=seen)
+    assert torch.isfinite(logprobs).all()
+    assert penalty == 1e6 or (tokens == 0).all()
+
+
 def test_draws_follow_the_softmax() -> None:
     scores = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf, 0.5])
     count = 20_000

@@ -16,12 +16,15 @@ import torch
 
 from finesight.sampling.types import SamplingSettings
 
+# Scores divided by less would leave the range of float32.
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, eq=False)
 class RowSettings:
     """How each row draws; (B,) tensors."""
 
-    temperature: torch.Tensor  # float32; 0: the most likely token
+    temperature: torch.Tensor  # float32; 0, or below LEAST_TEMPERATURE: the most likely token
     top_k: torch.Tensor  # int64; 0: all
     top_p: torch.Tensor  # float32
     min_p: torch.Tensor  # float32: only tokens at least this share as likely as the likeliest
@@ -107,7 +110,7 @@ def draw_from_all(
         penalty = settings.repetition_penalty[:, None]
         # Keskar et al. 2019 (CTRL), in transformers' form: towards less likely, whatever the sign.
         scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
-    greedy = settings.temperature == 0
+    greedy = settings.temperature < LEAST_TEMPERATURE
     scores = scores / torch.where(greedy, 1.0, settings.temperature)[:, None]
     logprobs = torch.log_softmax(scores, dim=-1)
     kept = logprobs if not truncate else torch.where(_kept(logprobs, settings), logprobs, -torch.inf)

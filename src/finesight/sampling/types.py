@@ -38,7 +38,7 @@ class SamplingSettings:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 1e6, "between 0.01 and 1,000,000"),
             "stop": (all(self.stop), "texts that are not empty"),
             "num_generations": (self.num_generations >= 1, "at least 1"),
             "seed": (self.seed >= 0, "0 or more"),
