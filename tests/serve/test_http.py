@@ -80,6 +80,13 @@ def test_what_cannot_be_answered_is_refused_with_its_field(server, change, param
         assert error["param"] == param
 
 
+@pytest.mark.parametrize("change", [{"messages": [{"role": "user", "content": "\ud800"}]}, {"model": "\ud800"}, {"\ud800": 1}])
+def test_text_that_is_none(server, change):
+    body = json.dumps({**HELLO, **change}).encode()
+    refused = CLIENT.post(f"{server.address}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert refused.status_code in (400, 404) and error_of(refused)
+
+
 def test_statuses(server, serving):
     assert httpx.get(f"{server.address}/health").json() == {"status": "ok"}
     assert post(server, {**HELLO, "model": "other"}).status_code == 404

@@ -17,8 +17,10 @@ class ApiError(FinesightError):
     """
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        # JSON can hold halves of surrogate pairs, which no text can.
+        super().__init__(message.encode(errors="replace").decode())
+        self.status, self.code = status, code
+        self.param = None if param is None else param.encode(errors="replace").decode()
 
     @property
     def kind(self) -> str:
