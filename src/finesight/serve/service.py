@@ -134,6 +134,9 @@ class Service:
         )
         if characters > _CHARACTERS_A_TOKEN * self.settings.max_length_tokens:
             raise self._too_long(f"The text has {characters:,} characters")
+        for message in chat.messages:  # raises UnicodeEncodeError, where tokenizers have errors of many kinds
+            texts = [message.content] if isinstance(message.content, str) else [getattr(part, "text", "") for part in message.content]
+            "".join(texts).encode()
         conversation = to_conversation(chat.messages, self._access, model.system)
         try:
             sample = model.encoder.encode_prompt(conversation)
