@@ -47,6 +47,7 @@ TINY_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "bench.exactness": ("--device", "cpu", "--samples", "2", "--budget", "2048"),
     "bench.adapter_cost": ("--device", "cpu", "--batch", "4", "--budget", "2048"),
     "bench.memory": ("--device", "cpu", "--tiny"),
+    "bench.decode": ("--device", "cpu", "--tiny"),
 }
 _NOT_TINY = {"--compile"}  # takes longer on a CPU than all else together
 

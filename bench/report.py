@@ -231,6 +231,42 @@ def _memory_setting(row: Row) -> str:
     return ", ".join(parts)
 
 
+def _decoding(measured: Sequence[Row]) -> str:
+    """Steps of decoding, and what the profiles name."""
+    head = ["model", "form", "what", "ms a step", "tokens/s", "weights GB", "keys and values GB", "bound, ms", "share of the bound"]
+    lines, profiles = [], []
+    for row in measured:
+        what = [row.get("model", ""), _form(row), row.get("what", row["label"])]
+        if row.get("failed"):
+            lines.append([*what, f"failed: {row['reason']}", *[""] * 5])
+        elif row["what"] == "profile":
+            profiles.append(row)
+        elif row["what"] != "copy":
+            keys = ("step_ms", "tokens_s", "weights_gb", "keys_values_gb", "bound_ms", "share_percent")
+            lines.append([*what, *(_number(row, key) for key in keys)])
+    copies = [
+        f"Copy on the GPU: {row['gb_s']:g} GB/s, read and written ({row['model']})."
+        for row in measured
+        if row.get("what") == "copy" and "gb_s" in row
+    ]
+    return "\n".join(["\n".join(copies) + "\n", table(head, lines), *(_decode_profile(row) for row in profiles)])
+
+
+def _form(row: Row) -> str:
+    if "adapter" not in row:
+        return "–"
+    return f"{'with an adapter' if row['adapter'] else 'base alone'}, {'compiled' if row['compiled'] else 'not compiled'}"
+
+
+def _decode_profile(row: Row) -> str:
+    largest = [
+        [f"`{cost['name']}`", cost["group"], f"{1e3 * cost['seconds']:.3g}", f"{100 * cost['share']:.1f}%", f"{cost['calls']:,}"]
+        for cost in row["largest"]
+    ]
+    title = f"Kernels of one step, {row['model']}, {_form(row)} ({row['launches']:,} launches, {1e3 * row['step_s']:.3g} ms):"
+    return f"{title}\n\n" + table(["kernel", "what", "ms", "share of the step", "launches"], largest)
+
+
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "sft": _training,
     "roofline": _rooflines,
@@ -238,6 +274,7 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "exactness": _exactness,
     "adapter_cost": _adapter_costs,
     "memory": _memory,
+    "decode": _decoding,
 }
 
 

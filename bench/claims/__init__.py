@@ -26,6 +26,7 @@ NAMES = (
     "profile",
     "memory",
     "memory_peers",
+    "decode",
 )
 
 
