@@ -48,6 +48,7 @@ TINY_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "bench.adapter_cost": ("--device", "cpu", "--batch", "4", "--budget", "2048"),
     "bench.memory": ("--device", "cpu", "--tiny"),
     "bench.decode": ("--device", "cpu", "--tiny"),
+    "bench.group_update": ("--device", "cpu", "--tiny"),
 }
 _NOT_TINY = {"--compile"}  # takes longer on a CPU than all else together
 

@@ -30,10 +30,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import models
 from bench.checkpoint import write_processor
-from bench.group_prompts import TINY, GroupSetting, conversations, encoded
+from bench.group_prompts import conversations, encoded
 from bench.profile_step import STEP, figures_of
 from bench.roofline import COPY_BYTES, copy_rate, seconds_of
 from bench.rows import Row, emit, failed, significant
+from bench.workload import TINY_GROUP, GroupSetting
 from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
 from finesight.models.adapters import apply_tuning
@@ -356,7 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="only try it: the tiny model of the family, few rows, nothing compiled")
     a = parser.parse_args(arguments)
     a.stop_at = time.monotonic() + a.time_limit
-    a.setting = TINY if a.tiny else GroupSetting()
+    a.setting = TINY_GROUP if a.tiny else GroupSetting()
     if a.tiny:
         a.model, a.rows = models.tiny_of(a.model), 4
     row: Row = {

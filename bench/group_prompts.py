@@ -5,39 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from bench.workload import picture
+from bench.workload import GroupSetting, picture
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.encode import Encoder
 from finesight.data.groups import continued
 from finesight.data.processor import Processor
 from finesight.data.sample import Sample
-
-
-@dataclass(frozen=True)
-class GroupSetting:
-    """Tokens of a prompt, and of the completions that go on from it."""
-
-    visual_tokens: int = 1024  # of its image; a square
-    text_tokens: int = 100  # everything else of the prompt, the chat template's tokens included
-    completion_tokens: int = 256
-    generations: int = 8  # completions of a prompt
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.visual_tokens + self.text_tokens
-
-    @property
-    def group_tokens(self) -> int:
-        """Of a prompt and all of its completions, the prompt once."""
-        return self.prompt_tokens + self.generations * self.completion_tokens
-
-
-# What tiny models can be tried with: their images have at most 24 visual tokens.
-TINY = GroupSetting(visual_tokens=16, text_tokens=60, completion_tokens=8, generations=2)
 
 
 def conversations(processor: Processor, setting: GroupSetting, count: int, seed: int = 0) -> list[Conversation]:
@@ -75,7 +51,11 @@ def encoded(processor: Processor, prompts: Sequence[Conversation]) -> list[Sampl
 
 
 def completions(setting: GroupSetting, prompt: Sample, seed: int) -> list[Sample]:
-    """A group: completions of random digits, the same for the same seed; every token of them is a target."""
-    digits = np.random.default_rng(seed)
-    # Ids of the digits: 15 and following in the vocabularies of Qwen, 48 and following among the single bytes; any small id will do.
-    return [continued(prompt, digits.integers(16, 256, setting.completion_tokens)) for _ in range(setting.generations)]
+    """A group: completions of random tokens, the same for the same seed; every token of them is a target."""
+    random = np.random.default_rng(seed)
+    return [continued(prompt, random.integers(0, 256, setting.completion_tokens).tolist()) for _ in range(setting.generations)]
+
+
+def first_token_is_even(completion_ids: Sequence[Sequence[int]]) -> list[float]:
+    """A reward that random answers earn half of the time, so that hardly any group is without variance."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]

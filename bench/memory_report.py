@@ -23,7 +23,6 @@ from bench.machine import CHECKOUT
 from finesight.planner.activations import Execution
 from finesight.planner.calibration import GIB
 from finesight.planner.catalogue import CATALOGUE
-from finesight.planner.fit import with_settings
 from finesight.planner.plan import MemoryPlan, plan_memory
 from finesight.planner.shapes import ModelShape
 from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes, filled_run
@@ -75,7 +74,15 @@ class Measured:
 
 
 def recipe_for(model: str, settings: dict[str, Any]) -> Recipe:
-    return with_settings(parse_recipe({"model": {"name_or_path": model}}), settings)
+    """A recipe from settings by dotted name; `rewards`, a list, has a name of its own."""
+    content: dict[str, Any] = {"model": {"name_or_path": model}}
+    for name, value in settings.items():
+        section, dot, key = name.partition(".")
+        if dot:
+            content.setdefault(section, {})[key] = value
+        else:
+            content[section] = value
+    return parse_recipe(content)
 
 
 def read_rows(folder: Path = RESULTS) -> list[Measured]:

@@ -39,14 +39,14 @@ def planned(row: Mapping[str, Any], checkpoint: str | Path | None = None) -> dic
     """The planner's figures for a step of a row's packs, in GiB; where it cannot say, the reason.
 
     Args:
-        row: of `bench.memory`, measured or not: model, settings, packs, compiled, torch, dtype.
+        row: of `bench.memory`, measured or not: model, settings, packs, compiled, torch, dtype; of reinforcement also rollout.
         checkpoint: folder with the model's configuration; None: the planner knows the model by its name.
     """
     try:
         from finesight.planner.activations import Execution
         from finesight.planner.plan import plan_memory
         from finesight.planner.shapes import read_shape
-        from finesight.planner.sizes import PackSizes, RunSizes
+        from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes
 
         if checkpoint is None:
             from finesight.planner.catalogue import find_shape
@@ -61,7 +61,9 @@ def planned(row: Mapping[str, Any], checkpoint: str | Path | None = None) -> dic
         before_2_12 = tuple(int(part) for part in row["torch"].split(".")[:2]) < (2, 12)
         on_cpu = row["dtype"] == "float32"
         execution = Execution(compiled=row["compiled"], repeats_keys=before_2_12 and not on_cpu, grouped=on_cpu)
-        plan = plan_memory(shape, recipe, RunSizes((packs,), source="the packs measured"), execution=execution, precision=row["dtype"])
+        rollout = RolloutSizes(**row["rollout"]) if row.get("rollout") else None
+        sizes = RunSizes((packs,), source="the packs measured", rollout=rollout)
+        plan = plan_memory(shape, recipe, sizes, execution=execution, precision=row["dtype"])
     except Exception as error:  # a plan that fails is a result, and takes nothing from the measurement
         return {"reason": f"{type(error).__name__}: {error}"[:400]}
     parts = plan.peak.parts

@@ -223,6 +223,7 @@ def _memory_setting(row: Row) -> str:
     if "method" not in row:
         return row["label"]
     parts = [row["method"], f"policy {row['recompute']}", f"packs of {row['token_budget']:,} tokens"]
+    parts += [f"GRPO, groups of {row['group']['generations']}"] if row.get("group") else []
     parts += [f"at most {row['max_pixels']:,} pixels"] if row["max_pixels"] else []
     parts += [setting.partition(".")[2] for setting in row["further"] if not setting.startswith(("tuning.", "training.optim=adamw"))]
     parts += ["compiled"] if row["compiled"] else []
@@ -267,6 +268,44 @@ def _decode_profile(row: Row) -> str:
     return f"{title}\n\n" + table(["kernel", "what", "ms", "share of the step", "launches"], largest)
 
 
+def _updates(measured: Sequence[Row]) -> str:
+    """Updates of groups: seconds, and memory beyond what is there before."""
+    head = ["model", "form", "completions", "packs", "tokens computed", "s a step", "activations, GiB", "completions' own share, GiB"]
+    lines = []
+    for row in measured:
+        if row.get("failed"):
+            lines.append([row.get("model", ""), _update_form(row), row.get("generations", ""), f"failed: {row['reason']}", *[""] * 4])
+            continue
+        figures = [
+            row["generations"],
+            row["packs"],
+            f"{row['tokens']:,}",
+            *(_number(row, key) for key in ("step_s", "activations_gib", "own_share_gib")),
+        ]
+        lines.append([row["model"], _update_form(row), *figures])
+    return table(head, lines)
+
+
+def _update_form(row: Row) -> str:
+    if "shared" not in row:
+        return row["label"]
+    compiled = "compiled" if row["compiled"] else "not compiled"
+    return f"{'prompt shared' if row['shared'] else 'nothing shared'}, policy {row['policy']}, packs of {row['token_budget']:,} tokens, {compiled}"
+
+
+def _update_comparisons(measured: Sequence[Row]) -> str:
+    head = ["model", "loss, nothing shared", "loss, prompt shared", "gradients' norm", "gradients apart, relative"]
+    keys = ("loss_unshared", "loss_shared", "gradient_norm", "gradients_apart")
+    lines = [
+        [
+            row.get("model", row["label"]),
+            *([f"failed: {row['reason']}", "", "", ""] if row.get("failed") else (_number(row, key) for key in keys)),
+        ]
+        for row in measured
+    ]
+    return table(head, lines)
+
+
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "sft": _training,
     "roofline": _rooflines,
@@ -275,6 +314,9 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "adapter_cost": _adapter_costs,
     "memory": _memory,
     "decode": _decoding,
+    "grpo_update": _updates,
+    "grpo_memory": _updates,
+    "grpo_compared": _update_comparisons,
 }
 
 

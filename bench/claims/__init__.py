@@ -27,6 +27,9 @@ NAMES = (
     "memory",
     "memory_peers",
     "decode",
+    "grpo_update",
+    "grpo_memory",
+    "grpo_cap",
 )
 
 
