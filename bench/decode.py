@@ -6,7 +6,8 @@ A step must read the weights of the language model and of the vocabulary once, a
 prompt that rows have in common once, as they are stored. These bytes over the bandwidth of a copy on the same machine are
 the least time of a step. Measured are the sampler as it runs (`sampler`: host work included) and, as CUDA graphs of their own,
 the step that it replays (`step`) and parts of it: the forward pass, the drawing of tokens, attention, and all matrix products of
-weights alone. `profile` names the kernels of one step. Each for the base and with an unmerged adapter, compiled and not.
+weights alone. `profile` names the kernels of one step. Each for the base and with an unmerged adapter, compiled and not; drawing,
+attention and products, which these do not change, once.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class DecodeBench:
             yield self._part({**common, "what": "sampler"}, lambda: self._sampled(engine, bound))
             graphs: list[StepGraph] = []
             yield self._part({**common, "what": "step"}, lambda: self._step(engine, bound, graphs))
-            yield from self._parts(engine, common)
+            yield from self._parts(engine, form, common)
             if not graphs:
                 yield failed({**common, "what": "profile"}, "there is no step to profile")
                 return
@@ -227,10 +228,10 @@ class DecodeBench:
         rows.lengths.fill_(self.setting.prompt_tokens + own)
         return {"step_ms": significant(1e3 * seconds), "tokens_s": significant(self.a.rows / seconds), **bound.figures(live, seconds)}
 
-    def _parts(self, engine: DecodingEngine, common: Row) -> Iterator[Row]:
+    def _parts(self, engine: DecodingEngine, form: Form, common: Row) -> Iterator[Row]:
         """Parts of a step, each timed alone."""
         try:
-            parts = self._functions(engine)
+            parts = self._functions(engine, form)
         except Exception as error:
             yield failed({**common, "what": "forward"}, error)
             return
@@ -241,7 +242,8 @@ class DecodeBench:
 
             yield self._part({**common, "what": name}, measured)
 
-    def _functions(self, engine: DecodingEngine) -> dict[str, Callable[[], object]]:
+    def _functions(self, engine: DecodingEngine, form: Form) -> dict[str, Callable[[], object]]:
+        """The forward pass; in the first form also what is the same in all of them."""
         count, packed, config = self.a.rows, engine.packed, engine.packed.base.config.text_config
         rows = filled_rows(engine, self.prompts, self._settings(), count)
         rows.lengths.fill_(self.setting.prompt_tokens + self.setting.completion_tokens // 2)
@@ -260,12 +262,13 @@ class DecodeBench:
             for linear in (*linears, packed.base.lm_head):
                 F.linear(inputs[linear.in_features], linear.weight)
 
-        return {
-            "forward": lambda: engine.decoder.step(rows.tokens, rows.positions, rows.lengths, rows.table),
+        alike: dict[str, Callable[[], object]] = {
             "drawing": lambda: draw_from_all(logits, rows.uniform[:, 0], rows.settings, rows.forbidden),
             "attention": attention,
             "products": products,
         }
+        forward = {"forward": lambda: engine.decoder.step(rows.tokens, rows.positions, rows.lengths, rows.table)}
+        return forward if form != FORMS[0] else {**forward, **alike}
 
 
 def roll_out(engine: DecodingEngine, prompts: Sequence[Sample], settings: SamplingSettings) -> tuple[list[list[int]], list[float]]:

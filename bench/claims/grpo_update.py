@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.claim import Claim, Finding, Row, Rows, Run, main
+from bench.claims.settings import PROJECT_ENVIRONMENT
 from bench.rows import significant
 
 MODELS = {"4b": ("qwen3-vl-4b", "Qwen3-VL-4B"), "8b": ("qwen3-vl-8b", "Qwen3-VL-8B")}
 # Also of the claim `grpo_memory`: measured once.
-RUNS = tuple(Run(label, "bench.group_update", ("--model", model, "--compile", "--bpe={bpe}")) for label, (model, _) in MODELS.items())
+RUNS = tuple(
+    Run(label, "bench.group_update", ("--model", model, "--compile", "--bpe={bpe}"), environment=PROJECT_ENVIRONMENT)
+    for label, (model, _) in MODELS.items()
+)
 
 
 def judge(rows: Rows) -> list[Finding]:
