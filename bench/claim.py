@@ -331,10 +331,10 @@ def _part_of_site(site: Path, packages: Sequence[str]) -> Path:
 
 
 def _gist(row: Row) -> str:
-    name = f"{row['name']}: " if "name" in row else ""
+    name = next((f"{row[key]}: " for key in ("name", "what") if key in row), "")
     if row.get("failed"):
         return f"{name}FAILED: {row['reason']}"
-    figures = ("samples_s", "samples_s_wall", "peak_gib", "peak_allocated_gib", "wait_share")
+    figures = ("samples_s", "samples_s_wall", "peak_gib", "peak_allocated_gib", "wait_share", "step_ms", "share_percent", "activations_gib")
     shown = {figure: row[figure] for figure in figures if figure in row}
     return name + (", ".join(f"{figure} {value}" for figure, value in shown.items()) or "done")
 

@@ -247,7 +247,7 @@ class DecodeBench:
         count, packed, config = self.a.rows, engine.packed, engine.packed.base.config.text_config
         rows = filled_rows(engine, self.prompts, self._settings(), count)
         rows.lengths.fill_(self.setting.prompt_tokens + self.setting.completion_tokens // 2)
-        like = {"dtype": packed.compute_dtype, "device": packed.device}
+        like: dict[str, Any] = {"dtype": packed.compute_dtype, "device": packed.device}
         logits = torch.randn(count, config.vocab_size, **like)
         query = torch.randn(count, config.num_attention_heads, engine.pool.keys.shape[-1], **like)
         text: Any = packed.base.model.language_model
@@ -267,7 +267,9 @@ class DecodeBench:
             "attention": attention,
             "products": products,
         }
-        forward = {"forward": lambda: engine.decoder.step(rows.tokens, rows.positions, rows.lengths, rows.table)}
+        forward: dict[str, Callable[[], object]] = {
+            "forward": lambda: engine.decoder.step(rows.tokens, rows.positions, rows.lengths, rows.table)
+        }
         return forward if form != FORMS[0] else {**forward, **alike}
 
 
@@ -356,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64, help="completions side by side")
     parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--time-limit", type=float, default=85, help="seconds after which no further part begins")
+    parser.add_argument("--time-limit", type=float, default=75, help="seconds after which no further part begins")
     parser.add_argument("--tiny", action="store_true", help="only try it: the tiny model of the family, few rows, nothing compiled")
     a = parser.parse_args(arguments)
     a.stop_at = time.monotonic() + a.time_limit

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from bench.workload import GroupSetting, picture
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
@@ -39,8 +40,8 @@ def conversations(processor: Processor, setting: GroupSetting, count: int, seed:
     return made
 
 
-def _conversation(image: object, text: str, number: int) -> Conversation:
-    turn = Turn("user", (Part("image", media=MediaRef(image=image)), Part("text", text)))  # type: ignore[arg-type]
+def _conversation(image: Image.Image, text: str, number: int) -> Conversation:
+    turn = Turn("user", (Part("image", media=MediaRef(image=image)), Part("text", text)))
     return Conversation((turn,), RowSource("prompts", number))
 
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ class UpdateBench:
     def scored(self, samples: Sequence[Sample], form: Form) -> list[np.ndarray]:
         """Log-probabilities of each completion's tokens, without gradients."""
         packed = self.packed(form)
-        feed, found = self.feed(form, packed), {}
+        feed = self.feed(form, packed)
+        found: dict[Sample, np.ndarray] = {}
         with answering(packed):
             for plan in self.plan(samples, form).plans:
                 pack = replace(feed.build_pack(plan), scoring=self.scoring())
@@ -208,13 +210,13 @@ class UpdateBench:
         for budget in (self.split, ONE_PACK):
             for generations in SIZES:
                 form = Form(True, "full", False, budget, generations)
-                yield self._part({"row": "grpo_memory", **self._settings(form)}, lambda form=form: self.measured(form, warm=1, steps=1))
+                yield self._part({"row": "grpo_memory", **self._settings(form)}, partial(self.measured, form, warm=1, steps=1))
         if compiled:
             yield from self._timed([replace(form, compiled=True) for form in forms])
 
     def _timed(self, forms: Sequence[Form]) -> Iterator[Row]:
         for form in forms:
-            yield self._part({"row": "grpo_update", **self._settings(form)}, lambda form=form: self.measured(form, WARM, STEPS))
+            yield self._part({"row": "grpo_update", **self._settings(form)}, partial(self.measured, form, WARM, STEPS))
 
     def _settings(self, form: Form) -> Row:
         names = ("shared", "policy", "compiled", "token_budget", "generations")

@@ -265,8 +265,10 @@ def plans_of_step(session: MemorySession) -> tuple[PackPlan, ...]:
 
 def rollout_figures(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """Of each step of reinforcement: seconds of the rollout, lengths, and how far the sampler's log-probabilities are from the update's."""
-    names = ("rollout_s", "seconds", "reward", "completions/mean_length", "frac_reward_zero_std")
-    names += ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max")
+    names = (
+        "rollout_s", "seconds", "reward", "completions/mean_length", "frac_reward_zero_std",
+        "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    )  # fmt: skip
     return [{name: line[name] for name in names if name in line} for line in history if "loss" in line]
 
 

@@ -139,7 +139,7 @@ def error_table(measured: Sequence[Measured]) -> str:
     lines = [
         [
             row.model,
-            row.method,
+            row.method + (", GRPO" if row.row.get("rollout") else ""),
             str(row.plan.policy),
             f"{row.pack.tokens:,}",
             f"{row.pack.total_patches:,}",
