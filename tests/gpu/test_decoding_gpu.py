@@ -35,7 +35,7 @@ def test_attention_of_one_query_a_row(rows: int, heads: int, groups: int, size: 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_captured_step_gives_what_a_step_gives(compiled: bool) -> None:
-    model = middle_model("qwen3_vl")
+    model = middle_model("qwen3_vl").to("cuda", torch.bfloat16)
     packed = PackedModel(model)
     pool = KeyValuePool(model.config.text_config, 64, torch.bfloat16, torch.device("cuda"))
     decoder = Decoder(packed.eval(), pool, compile_layers=compiled)

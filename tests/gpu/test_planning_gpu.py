@@ -34,7 +34,8 @@ def test_the_gpu_is_known_and_has_room():
     assert gpu.capability == torch.cuda.get_device_capability(GPU)
     assert gpu.bf16_tflop_s in {known.bf16_tflop_s for known in GPUS}
     _, total = torch.cuda.mem_get_info(GPU)
-    assert 0 < available_bytes(GPU) <= total * 1.01
+    for device in (GPU, torch.device("cuda")):
+        assert 0 < available_bytes(device) <= total * 1.01
 
 
 def test_what_cannot_fit_is_refused(recipe, tmp_path):

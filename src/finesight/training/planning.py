@@ -52,7 +52,9 @@ def available_bytes(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device)
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
-        room = min(room, int(torch.cuda.get_per_process_memory_fraction(device) * total))
+        # Unlike the others it takes no device without a number, which is what a single process has.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        room = min(room, int(torch.cuda.get_per_process_memory_fraction(index) * total))
     return room + CONTEXT_BYTES  # the context is there by now
 
 
