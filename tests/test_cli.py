@@ -426,7 +426,7 @@ class TestPredictWithDamagedImages:
         assert ran.status == 2 and "None of the rows can be used" in ran.err and not list(Path().glob("a.jsonl*"))
 
     def test_messages_name_options(self) -> None:
-        from finesight.cli.predict import in_flags
+        from finesight.cli.flags import in_flags
 
         text = "x lies at /m/x, outside; add /m to data.allowed_dirs, or set the source.media_dir to it"
         assert in_flags(text) == "x lies at /m/x, outside; give --media-dir /m"
