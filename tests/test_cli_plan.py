@@ -56,6 +56,27 @@ class TestPlan:
         assert status == 1
         assert "Does not fit" in out and "12.00 GiB are there" in out
 
+    def test_a_card_with_other_memory(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """--gpu-name says how fast the card is and what it can do, --gpu what memory there is of it."""
+        _, out, _ = run(capsys, "plan", recipe, "--gpu-name", "4090", "--gpu", "12GiB")
+        assert "12.00 GiB of RTX 4090 (--gpu; the card itself has 24 GiB) are there" in out
+        target = Target.of("12GiB", "4090")
+        assert (target.gpu.name, target.available_bytes) == ("RTX 4090", 12 * 2**30)
+        assert run(capsys, "plan", recipe, "--gpu", "")[0] == 2 and run(capsys, "plan", recipe, "--gpu-name", "")[0] == 2
+
+    @pytest.mark.parametrize("columns", ["70", "80"])
+    def test_changes_are_shown_whole(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out, _ = run(capsys, "plan", recipe, "--gpu-name", "RTX 4090")
+        changes = json.loads(run(capsys, "plan", recipe, "--gpu-name", "RTX 4090", "--json")[1])["changes"]
+        listed = out.split("What would change it most:")[1]
+        assert max(map(len, out.splitlines())) <= int(columns)
+        assert [word for word in listed.split() if "=" in word] == [
+            f"{name}={str(value).lower()}" for change in changes for name, value in change["settings"].items()
+        ]
+
     def test_without_a_gpu(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "plan", recipe)
         assert status == 0 and "Give --gpu 16GiB or --gpu-name" in out

@@ -53,8 +53,10 @@ def render(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Chan
     lines += [Text(), table, Text(), verdict(plan, available_bytes, gpu_name)]
     if changes:
         lines += [Text(), Text("What would change it most:")]
-        for change in changes:
-            lines.append(Text(f"  peak {gib(change.plan.peak_bytes):>10} with {change}", no_wrap=True, overflow="ignore"))
+        ways = Table.grid(padding=(0, 1))
+        for change in changes:  # settings are wrapped between one another, never cut
+            ways.add_row(Text(f"  peak {gib(change.plan.peak_bytes):>10} with"), Text(str(change), overflow="fold"))
+        lines.append(ways)
     return Group(*lines)
 
 

@@ -15,7 +15,9 @@ from finesight.cli.options import OverridesArgument, RecipeArgument
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    gpu: Annotated[str | None, typer.Option(help="Memory to fit, such as 16GiB.", show_default=False)] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory to fit, such as 16GiB; with --gpu-name in place of the card's own.", show_default=False)
+    ] = None,
     gpu_name: Annotated[str | None, typer.Option(help="Card to fit, such as 'RTX 4090'.", show_default=False)] = None,
     search: Annotated[bool, typer.Option("--fit", help="Search for the fastest settings that fit.")] = False,
     write: Annotated[Path | None, typer.Option(help="With --fit: recipe to write; never overwritten.", show_default=False)] = None,
@@ -51,10 +53,10 @@ def plan(
             content["fitted"] = {"settings": dict(fitted.settings), **to_dict(fitted.plan, available)}
         typer.echo(json.dumps(content, indent=2))
     else:
-        show(console, outcome.plan, available, outcome.changes, gpu_name or "")
+        show(console, outcome.plan, available, outcome.changes, outcome.target.label)
         if fitted is not None:
             console.print(f"\nFastest that fits: {fitted}", highlight=False, markup=False, soft_wrap=True)
-            for line in (*heading(fitted.plan)[1:], str(verdict(fitted.plan, available, gpu_name or ""))):
+            for line in (*heading(fitted.plan)[1:], str(verdict(fitted.plan, available, outcome.target.label))):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
         if write is not None:
             console.print(f"Wrote {write}. Next: finesight train {write}", highlight=False, markup=False, soft_wrap=True)
