@@ -189,6 +189,8 @@ class TestPrequantised:
             assert torch.equal(loaded.model.get_submodule(name).dequantized_weight().view(-1), exact)
         assert type(loaded.model.model.language_model.layers[1].mlp.up_proj) is torch.nn.Linear
         assert any("4-bit" in note for note in loaded.notes)
+        with pytest.raises(ModelError, match="those of this model are quantised"):
+            apply_tuning(loaded.model, TuningSettings(method="full"), TABLE[family], seed=0)
         tuned = apply_tuning(loaded.model, TuningSettings(r=2), TABLE[family], seed=0)
         PackedModel(tuned)
         assert sum(isinstance(m, AccumulatedLinear) for m in tuned.modules()) == 21

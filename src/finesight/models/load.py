@@ -49,7 +49,8 @@ class LoadedModel:
     dtype: torch.dtype  # of the base weights
     family: Family
     metadata: AdapterMetadata | None = None  # what the adapter, or else the model itself, was trained under, if it says
-    notes: tuple[str, ...] = ()  # what people should know of how it was loaded; also logged
+    notes: tuple[str, ...] = ()  # what people should know of how it was loaded: warnings, then facts; also logged as such
+    settings: ModelSettings | None = None  # that it was loaded with
 
     @property
     def base(self) -> PreTrainedModel:
@@ -119,34 +120,41 @@ def load_model(
     """
     use_expandable_segments()
     name = checkpoint_folder(settings.name_or_path, settings.hub, settings.revision)
-    notes: list[str] = []
+    warnings: list[str] = []  # what may be worse than was meant, and what to change
+    facts: list[str] = []
     trained = settings.adapter if settings.adapter is not None else name
     metadata = read_metadata(trained)
     if metadata is not None or settings.adapter is not None:
-        data, notes = restore_data_settings(trained, data)
+        data, warnings = restore_data_settings(trained, data)
     processor = load_processor(name, data=data, revision=settings.revision)
     chosen = choose_device(device)
     dtype, dtype_note = choose_dtype(settings.dtype, chosen)
-    notes += [dtype_note] if dtype_note else []
+    warnings += [dtype_note] if dtype_note else []
     if settings.quantization != "none" and dtype == torch.float32 and chosen.type == "cuda":
-        notes.append(
+        warnings.append(
             f"model.dtype: float32 with model.load_in_{settings.quantization}: weights are dequantised to float32 for their products, which is "
             "slow and gains nothing. Leave model.dtype at auto."
         )
+    if settings.load_in_fp8 and chosen.type == "cpu":
+        warnings.append(
+            "model.load_in_fp8 on a CPU: float8 weights are dequantised at every use, which is slow. It is meant for tests and export."
+        )
     with without_library_bars(when=not sys.stderr.isatty()):
         model: Any = _load_weights(name, settings.revision, processor.family, dtype, chosen, Scheme.of(settings))
-    notes += quantization_notes(model)
+    facts += quantization_notes(model)
     if metadata is not None and metadata.quantization not in ("none", settings.quantization):
-        notes.append(
+        warnings.append(
             f"{trained} was trained over a base in {metadata.quantization}, and the base is loaded otherwise now: answers may differ a little. "
             f"Set model.load_in_{metadata.quantization}: true for the base that it knows."
         )
     model.name_or_path = settings.name_or_path
     if settings.adapter is not None:
         model = load_adapter(model, settings.adapter, is_trainable=train_adapter)
-    for note in notes:
+    for note in warnings:
         logger.warning(note)
-    return LoadedModel(model.eval(), processor, chosen, dtype, processor.family, metadata, tuple(notes))
+    for note in facts:
+        logger.info(note)
+    return LoadedModel(model.eval(), processor, chosen, dtype, processor.family, metadata, (*warnings, *facts), settings)
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
