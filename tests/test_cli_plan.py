@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,26 @@ class TestPlan:
         assert [word for word in listed.split() if "=" in word] == [
             f"{name}={str(value).lower()}" for change in changes for name, value in change["settings"].items()
         ]
+
+    @pytest.mark.parametrize(
+        ("model", "asked", "kept"),
+        [
+            ("30B-A3B", ["load_in_8bit"], "8-bit integer: attention; in bfloat16: vocabulary, experts, tower, merger"),
+            ("30B-A3B", ["load_in_4bit"], "4-bit (NF4): attention, experts; in bfloat16: vocabulary, tower, merger"),
+            (
+                "8B",
+                ["load_in_4bit", "quantize_vocabulary", "quantize_tower"],
+                "4-bit (NF4): attention, MLP, tower, merger; in 8-bit integer: vocabulary",
+            ),
+        ],
+    )
+    def test_what_is_quantised_is_said(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], model: str, asked: list[str], kept: str
+    ) -> None:
+        overrides = [f"model.{name}=true" for name in asked]
+        _, out, _ = run(capsys, "plan", recipe, f"model.name_or_path=Qwen/Qwen3-VL-{model}-Instruct", *overrides)
+        assert f"\nKept in {kept}\n" in re.sub(r" +\n", "\n", out)
+        assert "Kept in" not in run(capsys, "plan", recipe)[1]
 
     def test_without_a_gpu(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "plan", recipe)
