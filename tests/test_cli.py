@@ -329,13 +329,18 @@ class TestWholePath:
         assert "runs/full/model" in Path("runs/full/eval/report.html").read_text(encoding="utf-8")
 
     def test_predict_sees_what_was_trained_on(self, work: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
-        """System prompt and pixel limits come from the adapter; a limit given anew is warned about."""
+        """System prompt, pixel limits and the bits of the base come from the adapter; what is given anew is warned about."""
         settings = ("data.train.0.system=Be brief.", "data.min_pixels=4096", "data.max_pixels=8192", "training.max_steps=1")
+        settings = (*settings, "model.load_in_8bit=true")
         assert run("train", "recipe.yaml", *settings, "training.eval_strategy=no").status == 0
         common = ("predict", "data/images/0.png", "--adapter", "runs/a", "-q", "What number?", "--max-completion-length", "1")
         ran = run(*common)
         assert ran.status == 0, ran.err
         assert json.loads(ran.out)["question"] == "system: Be brief.\nuser: What number?"
+        assert "The base is loaded in 8bit, as runs/a/adapter was trained over" in caplog.text and "GiB 8-bit" in caplog.text
+        caplog.clear()
+        assert run(*common, "--unquantized").status == 0
+        assert "GiB 8-bit" not in caplog.text and "the base is loaded otherwise now" in caplog.text
         assert json.loads(run(*common, "--system", "Be kind.").out)["question"].startswith("system: Be kind.")
         checked = run("check", "recipe.yaml", "model.adapter=runs/a/adapter", "--json")  # to go on from it
         assert json.loads(checked.out)["tokens"]["visual"]["max"] <= 8  # of 32 x 32 pixels

@@ -48,7 +48,7 @@ class PixelLimits:
 
 @dataclass(frozen=True)
 class Precision:
-    """Of the weights; the names are those of a recipe's `model` section."""
+    """Of the weights, by the names of a recipe's `model` section; without any of the bits named those that an adapter was trained over."""
 
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Precision of the base weights.")] = "auto"
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Language model in 4 bits; needs bitsandbytes.")] = False
@@ -58,6 +58,10 @@ class Precision:
         bool, typer.Option("--quantize-vocabulary", help="With one of these: embedding and lm_head in 8 bits too.")
     ] = False
     quantize_tower: Annotated[bool, typer.Option("--quantize-tower", help="With one of these: tower and merger in the same bits.")] = False
+
+    unquantized: Annotated[
+        bool, typer.Option("--unquantized", help="Full precision, also where the adapter was trained over fewer bits.")
+    ] = False
 
     def settings(self) -> dict[str, Any]:
         """As :func:`finesight.cli.weights.model_settings` takes them."""

@@ -24,7 +24,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal; images and videos are named, dropped or pasted by path.
 
-    With an adapter, pixel limits, frame rate and system prompt are those that it was trained with.
+    With an adapter, pixel limits, frame rate, system prompt and the bits of the base are those that it was trained with.
     """
     from finesight.cli.chat import chat_with
     from finesight.cli.weights import model_settings

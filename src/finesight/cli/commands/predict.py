@@ -33,7 +33,7 @@ def predict(
 ) -> None:
     """Answer questions about images: one JSON object a line.
 
-    With an adapter, pixel limits, frame rate and system prompt are those that it was trained with.
+    With an adapter, pixel limits, frame rate, system prompt and the bits of the base are those that it was trained with.
     """
     from finesight.cli.predict import predict_to
     from finesight.cli.weights import model_settings
