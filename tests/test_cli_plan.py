@@ -12,6 +12,7 @@ import pytest
 
 from finesight.cli import main
 from finesight.cli.plan import Target, plan_recipe
+from finesight.planner.text import heading
 from finesight.recipe_files import load_recipe
 from tiny import tiny_checkpoint
 from tiny_runs import MAX_PIXELS, MIN_PIXELS, write_rows
@@ -177,6 +178,19 @@ def test_a_checkpoint_in_four_bits_is_planned_so(tmp_path: Path) -> None:
     asked.write_text("model: {name_or_path: Qwen/Qwen3-VL-8B-Instruct, load_in_4bit: true}\n", encoding="utf-8")
     peaks = [plan_recipe(load_recipe(path), Target(), pixels=200704).plan.peak_bytes for path in (recipe, asked)]
     assert peaks[0] == peaks[1]
+
+
+def test_experts_of_a_checkpoint_in_four_bits_are_planned_as_they_are(tmp_path: Path) -> None:
+    """bitsandbytes quantises linear layers only; the fused experts come to 4 bits where the recipe asks for them."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name_or_path: someone/Qwen3-VL-30B-A3B-Instruct-bnb-4bit}\n", encoding="utf-8")
+    stored, asked = (
+        plan_recipe(load_recipe(recipe, overrides), Target(), pixels=200704).plan for overrides in ([], ["model.load_in_4bit=true"])
+    )
+    experts = 48 * 128 * 3 * 2048 * 768
+    saved = stored.peak.parts["weights: language model"] - asked.peak.parts["weights: language model"]
+    assert saved == pytest.approx(experts * (2 - 0.516), rel=0.01)
+    assert "in bfloat16: vocabulary, experts" in heading(stored)[1] and "4-bit (NF4): attention, experts" in heading(asked)[1]
 
 
 def test_fit_keeps_the_precision_where_that_fits(tmp_path: Path) -> None:

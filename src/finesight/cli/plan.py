@@ -82,7 +82,7 @@ def plan_recipe(
     if search and target.available_bytes is None:
         raise RecipeError("--fit needs a GPU to fit: give --gpu 16GiB or --gpu-name 'RTX 4090'.")
     model = find_shape(recipe.model.name_or_path, recipe.model.revision)
-    recipe = as_stored(model, recipe)
+    model, recipe = as_stored(model, recipe)
     if recipe.data.train and tokens is None and pixels is None:
         sizes, longest, largest_image = _from_data(recipe, console)
     else:

@@ -225,6 +225,13 @@ def _load_weights(
             f"{name} is stored in {stored} already and is loaded as it is: leave out model.load_in_{scheme.precision}, or use the "
             "checkpoint that it was made from."
         )
+    advice = "Fetch the checkpoint again."
+    if stored is not None and family.moe:
+        advice = (
+            "Of mixtures of experts those checkpoints are read in which bitsandbytes has quantised linear layers only, as transformers writes "
+            "them: experts and router in full precision. Use the checkpoint that this one was made from, with model.load_in_4bit: true; its "
+            "experts are quantised while they are loaded."
+        )
     loading = WhileLoading(scheme, device) if scheme is not None and stored is None else None
     try:
         model, info = model_class.from_pretrained(
@@ -244,7 +251,8 @@ def _load_weights(
         raise ModelError(_out_of_memory(name, dtype, device)) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = loading.problems[0] if loading is not None and loading.problems else error
-        raise ModelError(f"The weights of {name} cannot be loaded as {family.label}: {reason}") from error
+        further = f" {advice}" if stored is not None and family.moe else ""
+        raise ModelError(f"The weights of {name} cannot be loaded as {family.label}: {reason}{further}") from error
     problems = [
         f"{len(info[kind])} {what} (such as {min(map(str, info[kind]))})"
         for kind, what in (
@@ -255,12 +263,10 @@ def _load_weights(
         if info.get(kind)
     ]
     if problems:
-        raise ModelError(
-            f"The weights of {name} are not those of a whole {family.label}: {'; '.join(problems)}. Fetch the checkpoint again."
-        )
+        raise ModelError(f"The weights of {name} are not those of a whole {family.label}: {'; '.join(problems)}. {advice}")
     if stored is not None:
         adopt_bitsandbytes(model, dtype)
-        if scheme is not None and (scheme.vocabulary or scheme.tower):
+        if scheme is not None and (scheme.vocabulary or scheme.tower or (scheme.experts is not None and family.moe)):
             quantize(model, replace(scheme, precision=None))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the places of matrices in full precision

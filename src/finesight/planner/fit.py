@@ -112,11 +112,14 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def as_stored(model: ModelShape, recipe: Recipe) -> Recipe:
-    """The recipe with the bits that a checkpoint's weights are stored in already."""
+def as_stored(model: ModelShape, recipe: Recipe) -> tuple[ModelShape, Recipe]:
+    """The recipe with the bits that a checkpoint's weights are stored in already.
+
+    bitsandbytes leaves fused experts as they are; only a recipe that asks for 4 bits has them quantised after loading.
+    """
     if model.stored == "none" or recipe.model.quantization != "none":
-        return recipe
-    return with_settings(recipe, {f"model.load_in_{model.stored}": True})
+        return model, recipe
+    return replace(model, plain_experts=True), with_settings(recipe, {f"model.load_in_{model.stored}": True})
 
 
 def choose_policy(situation: Situation, recipe: Recipe) -> MemoryPlan:

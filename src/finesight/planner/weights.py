@@ -50,7 +50,7 @@ def storage_of(parameter: Parameter, settings: ModelSettings) -> Literal["plain"
     if not parameter.is_matrix or (parameter.part in ("tower", "merger") and not settings.quantize_tower):
         return "plain"
     if parameter.kind == "experts":  # fused stacks: only the 4-bit path keeps them smaller
-        return "4bit" if kind == "4bit" else "plain"
+        return "4bit" if kind == "4bit" and not parameter.plain else "plain"
     return kind
 
 
