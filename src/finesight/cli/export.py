@@ -78,7 +78,7 @@ def export_to(
         find_converter(handover.llama_cpp)
     asked = [] if drawn else rows_of_run(run, weights, prompts, console)
     _say(console, f"Verified on {len(asked)} rows of the run's data." if asked else "Verified on drawn images.")
-    base = model_settings(model, weights)
+    base = model_settings(model, weights, unquantized=True)  # export brings it to what the adapter knew by itself
     folder = output / MERGED if target == "gguf" else output
     if target == "gguf" and output.is_dir() and any(output.iterdir()):
         raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from finesight.models.adapter_files import load_adapter
 from finesight.models.adapter_metadata import AdapterMetadata, read_metadata, restore_data_settings
 from finesight.models.quantize import Scheme, quantization_notes, quantize
 from finesight.models.quantized_loading import WhileLoading, adopt_bitsandbytes, stored_precision
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import PRECISION_SETTINGS, DataSettings, ModelSettings, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +56,28 @@ class LoadedModel:
     def base(self) -> PreTrainedModel:
         """The transformers model, without the wrapping of an adapter."""
         return cast(PreTrainedModel, getattr(self.model, "get_base_model", lambda: self.model)())
+
+    def precision(self, recipe: Recipe | None = None, given: Mapping[str, Any] | None = None) -> dict[str, bool]:
+        """The bits that it was loaded in, as settings of a recipe's `model` section: what trains on it is planned, checked and
+        written down by them.
+
+        Args:
+            recipe, given: what a user asks for besides.
+
+        Raises:
+            RecipeError: it asks for other bits.
+        """
+        if self.settings is None:
+            return {}
+        present = {name: bool(getattr(self.settings, name)) for name in PRECISION_SETTINGS}
+        asked = recipe.model.model_dump(exclude_unset=True) if recipe is not None else {}
+        for name, value in (asked | dict(given or {})).items():
+            if name in present and value != present[name]:
+                raise RecipeError(
+                    f"{name} is {str(value).lower()}, but the model was loaded with {str(present[name]).lower()}. Leave it out, or load the "
+                    "model so."
+                )
+        return {name: value for name, value in present.items() if value}
 
 
 def load(

@@ -15,7 +15,7 @@ from finesight.data.processor import Processor
 from finesight.data.tables import RowTable
 from finesight.errors import DataError, RecipeError
 from finesight.models.load import LoadedModel
-from finesight.recipe import PRECISION_SETTINGS, Recipe, SourceSettings
+from finesight.recipe import Recipe, SourceSettings
 from finesight.recipe_files import all_setting_names, parse_recipe
 from finesight.training.memory_probe import probe_memory
 from finesight.training.planning import plan_here
@@ -133,7 +133,7 @@ class SFTTrainer:
                 )
             self.loaded = replace(self.loaded, processor=processor)
         if self.loaded is not None:
-            settings |= _precision_of(self.loaded, recipe, settings)
+            settings |= self.loaded.precision(recipe, settings)
         if eval_dataset is not None and recipe is None:
             settings.setdefault("eval_split", "eval_dataset")  # whose rows are handed over, not read
         name = self.loaded.model.name_or_path if self.loaded is not None else model
@@ -187,25 +187,6 @@ class SFTTrainer:
 
 # Sections whose settings SFTTrainer takes by their own names.
 _SECTIONS = ("training", "tuning", "data", "model")
-
-
-def _precision_of(loaded: LoadedModel, recipe: Recipe | None, settings: Mapping[str, Any]) -> dict[str, bool]:
-    """The bits that a model was loaded in, as settings: what trains on it is planned, checked and written down by them.
-
-    Raises:
-        RecipeError: recipe or settings ask for others.
-    """
-    if loaded.settings is None:
-        return {}
-    present = {name: bool(getattr(loaded.settings, name)) for name in PRECISION_SETTINGS}
-    in_recipe = recipe.model.model_dump(exclude_unset=True, include=set(PRECISION_SETTINGS)) if recipe is not None else {}
-    for name, asked in (in_recipe | {name: settings[name] for name in PRECISION_SETTINGS if name in settings}).items():
-        if asked != present[name]:
-            raise RecipeError(
-                f"SFTTrainer: {name} is {str(asked).lower()}, but the model was loaded with {str(present[name]).lower()}. Leave it out, or "
-                "load the model so."
-            )
-    return {name: value for name, value in present.items() if value}
 
 
 def _recipe_with(recipe: Recipe | None, name: str | None, settings: Mapping[str, Any]) -> Recipe:
