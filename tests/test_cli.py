@@ -124,6 +124,11 @@ class TestInit:
         ran = run("init", "--column", column, "-o", "other.yaml")
         assert ran.status == 2 and word in ran.err and not Path("other.yaml").exists()
 
+    def test_graders_are_known_or_the_users_own(self, work: Path, run: Run) -> None:
+        ran = run("init", "--grader", "exact_mach", "-o", "other.yaml")
+        assert ran.status == 2 and "Did you mean 'exact_match'" in ran.err and not Path("other.yaml").exists()
+        assert run("init", "--grader", "mine.py:not_written_yet", "-o", "other.yaml").status == 0
+
     def test_full_tuning_without_hold_out(self, work: Path, run: Run) -> None:
         assert run("init", "--method", "full", "--eval-split", "none", "-o", "deep/full.yaml").status == 0
         recipe = load_recipe("deep/full.yaml")
