@@ -63,6 +63,10 @@ class ModelSettings(Settings):
         return self
 
 
+# What of `model` says in how many bits the base is kept.
+PRECISION_SETTINGS = ("load_in_4bit", "load_in_8bit", "load_in_fp8", "quantize_vocabulary", "quantize_tower")
+
+
 class TuningSettings(Settings):
     """What trains."""
 

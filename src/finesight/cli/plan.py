@@ -32,17 +32,21 @@ class Target:
 
     gpu: Gpu = REFERENCE
     available_bytes: int | None = None
+    label: str = ""  # the card, for people
 
     @staticmethod
     def of(memory: str | None, name: str | None) -> Target:
-        """From the options `--gpu` and `--gpu-name`; given both, the memory goes before the card's.
+        """From the options `--gpu` and `--gpu-name`; given both, it is a card of that name with that memory, and the label says so.
 
         Raises:
             RecipeError: the amount or the name cannot be read.
         """
-        gpu = find_gpu(name) if name else REFERENCE
-        available = parse_memory(memory) if memory else gpu.available_bytes if name else None
-        return Target(gpu, available)
+        gpu = find_gpu(name) if name is not None else None
+        if memory is None:
+            return Target() if gpu is None else Target(gpu, gpu.available_bytes, gpu.name)
+        if gpu is None:
+            return Target(available_bytes=parse_memory(memory))
+        return Target(gpu, parse_memory(memory), f"{gpu.name} (--gpu; the card itself has {gpu.memory_gib:g} GiB)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def plan_recipe(
     if search and target.available_bytes is None:
         raise RecipeError("--fit needs a GPU to fit: give --gpu 16GiB or --gpu-name 'RTX 4090'.")
     model = find_shape(recipe.model.name_or_path, recipe.model.revision)
-    recipe = as_stored(model, recipe)
+    model, recipe = as_stored(model, recipe)
     if recipe.data.train and tokens is None and pixels is None:
         sizes, longest, largest_image = _from_data(recipe, console)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from finesight.cli.weights import is_adapter_folder, model_settings, require_weights, run_folder
+from finesight.cli.weights import differing_precision, is_adapter_folder, model_settings, require_weights, run_folder
 from finesight.errors import FinesightError, ModelError
 from finesight.recipe import DataSettings
 from finesight.serve.settings import ServeSettings
@@ -50,7 +50,7 @@ def serve_models(
     Args:
         model: checkpoint; none: the base that the first adapter names, or a fully tuned model that stands in its place.
         adapters: as :func:`named_adapters` takes them.
-        precision: load_in_4bit and its siblings.
+        precision: load_in_4bit and its siblings, as :func:`model_settings` takes them.
 
     Raises:
         FinesightError: the extra `serve` is missing; from loading; the address cannot be listened on.
@@ -66,6 +66,8 @@ def serve_models(
         raise ModelError(f"{folders[whole[0]]} is a whole model, not an adapter: it is served alone.")
     if whole:
         name, folders = name or whole[0], {}
+    for warning in differing_precision(settings, list(folders.values())[1:]):  # of the first one loading speaks
+        console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     from finesight.serve.app import serve
     from finesight.serve.models import ModelShelf
 

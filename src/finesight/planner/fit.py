@@ -34,6 +34,8 @@ QUALITY_COST: dict[str, float] = {
     "data.max_pixels": 0.5,  # for each halving
 }
 FEWEST_PIXELS = 128 * 28 * 28
+# Of the peak; a change that saves less is not worth a line.
+LEAST_SAVING = 0.01
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,14 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def as_stored(model: ModelShape, recipe: Recipe) -> Recipe:
-    """The recipe with the bits that a checkpoint's weights are stored in already."""
+def as_stored(model: ModelShape, recipe: Recipe) -> tuple[ModelShape, Recipe]:
+    """The recipe with the bits that a checkpoint's weights are stored in already.
+
+    bitsandbytes leaves fused experts as they are; only a recipe that asks for 4 bits has them quantised after loading.
+    """
     if model.stored == "none" or recipe.model.quantization != "none":
-        return recipe
-    return with_settings(recipe, {f"model.load_in_{model.stored}": True})
+        return model, recipe
+    return replace(model, plain_experts=True), with_settings(recipe, {f"model.load_in_{model.stored}": True})
 
 
 def choose_policy(situation: Situation, recipe: Recipe) -> MemoryPlan:
@@ -167,7 +172,10 @@ def remedies(situation: Situation, recipe: Recipe, count: int = 3) -> list[Chang
 
 
 def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
-    """What each setting alone would change, the largest saving first."""
+    """What each setting alone would change, the largest saving first; without those that save next to nothing.
+
+    A change of several settings of which some already save as much is left out too.
+    """
     recipe = plan.recipe
     options = _options(situation, recipe)
     singles: list[dict[str, Any]] = [{"training.gradient_checkpointing": policy} for policy in POLICIES if policy != plan.policy]
@@ -177,7 +185,13 @@ def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
     if situation.pixels:
         singles.append({"data.max_pixels": (recipe.data.max_pixels or situation.pixels) // 2})
     changes = [_change(situation, recipe, settings, plan.policy) for settings in singles]
-    return sorted((c for c in changes if c.plan.peak_bytes < plan.peak_bytes), key=lambda change: change.plan.peak_bytes)
+    least = LEAST_SAVING * plan.peak_bytes
+    worth: list[Change] = []
+    for change in sorted(changes, key=lambda change: len(change.settings)):
+        parts = [known.plan.peak_bytes for known in worth if set(known.settings) < set(change.settings)]
+        if change.plan.peak_bytes + least <= min(parts, default=plan.peak_bytes):
+            worth.append(change)
+    return sorted(worth, key=lambda change: change.plan.peak_bytes)
 
 
 def _change(situation: Situation, recipe: Recipe, settings: Mapping[str, Any], policy: Policy | None = None) -> Change:

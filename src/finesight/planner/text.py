@@ -13,8 +13,10 @@ from rich.text import Text
 from finesight.planner.calibration import GIB
 from finesight.planner.fit import Change
 from finesight.planner.plan import MemoryPlan
+from finesight.planner.weights import matrices_by_storage
 
 BAR_COLUMNS = 36
+_FORMS = {"fp8": "8-bit float", "8bit": "8-bit integer", "4bit": "4-bit (NF4)"}  # others: the precision that the base computes in
 _LEAST_SHOWN = 0.001  # of what is needed; smaller parts are added up
 
 
@@ -53,8 +55,10 @@ def render(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Chan
     lines += [Text(), table, Text(), verdict(plan, available_bytes, gpu_name)]
     if changes:
         lines += [Text(), Text("What would change it most:")]
-        for change in changes:
-            lines.append(Text(f"  peak {gib(change.plan.peak_bytes):>10} with {change}", no_wrap=True, overflow="ignore"))
+        ways = Table.grid(padding=(0, 1))
+        for change in changes:  # settings are wrapped between one another, never cut
+            ways.add_row(Text(f"  peak {gib(change.plan.peak_bytes):>10} with"), Text(str(change), overflow="fold"))
+        lines.append(ways)
     return Group(*lines)
 
 
@@ -62,10 +66,16 @@ def heading(plan: MemoryPlan) -> list[str]:
     """What was planned, in words."""
     recipe, model = plan.recipe, plan.model
     method = "full tuning" if recipe.tuning.method == "full" else f"LoRA, r={recipe.tuning.r}"
-    base = {"none": plan.precision, "fp8": "8-bit float", "8bit": "8-bit integer", "4bit": "4-bit (NF4)"}[recipe.model.quantization]
+    base = _FORMS.get(recipe.model.quantization, plan.precision)
     compiled = "compiled" if plan.execution.compiled else "not compiled"
+    kept = []
+    if recipe.model.quantization != "none":
+        forms = matrices_by_storage(model, recipe.model)
+        named = [f"{_FORMS.get(form, plan.precision)}: {', '.join(names)}" for form, names in sorted(forms.items())]
+        kept = [f"Kept in {'; in '.join(named)}"]
     return [
-        f"{model.name}: {method} on a {base} base; dimensions from {model.source or 'its configuration'}",
+        f"{model.name}: {method} on a base in {base}; dimensions from {model.source or 'its configuration'}",
+        *kept,
         f"Activations: {plan.policy}, layers {compiled}. Packs: {plan.sizes.source or 'of the data'}; the largest has "
         f"{max(pack.tokens for pack in plan.sizes.packs):,} tokens, {max(pack.total_patches for pack in plan.sizes.packs):,} patches, "
         f"{max(pack.targets for pack in plan.sizes.packs):,} targets",

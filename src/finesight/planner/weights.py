@@ -23,6 +23,7 @@ NF4_TABLES_BYTES = 4 * 256 + 4  # the code of the scales and their offset, of ea
 # bitsandbytes: smaller tensors keep float32 state; blocks of 256 share a float32 scale in each of the two moments.
 ADAM_8BIT_FROM, ADAM_8BIT_BLOCK = 4096, 256
 PAGED_FROM = 100_000  # smaller state stays on the device
+_MATRICES = {"mlp": "MLP"}
 _OUTSIDE_MUON = ("embed_tokens", "lm_head", "pos_embed", "patch_embed")
 
 
@@ -49,8 +50,22 @@ def storage_of(parameter: Parameter, settings: ModelSettings) -> Literal["plain"
     if not parameter.is_matrix or (parameter.part in ("tower", "merger") and not settings.quantize_tower):
         return "plain"
     if parameter.kind == "experts":  # fused stacks: only the 4-bit path keeps them smaller
-        return "4bit" if kind == "4bit" else "plain"
+        return "4bit" if kind == "4bit" and not parameter.plain else "plain"
     return kind
+
+
+def matrices_by_storage(model: ModelShape, settings: ModelSettings) -> dict[str, list[str]]:
+    """Which matrices of a model the base keeps in which form, in words; forms as :func:`storage_of` names them."""
+    found: dict[str, list[str]] = {}
+    for parameter in parameters(model):
+        if not parameter.is_matrix and parameter.kind != "vocabulary":
+            continue
+        in_layers = parameter.part == "language_model" and parameter.kind in ("attention", "mlp")
+        name = parameter.kind if in_layers or parameter.kind in ("experts", "vocabulary") else parameter.part
+        names = found.setdefault(storage_of(parameter, settings), [])
+        if (word := _MATRICES.get(name, name)) not in names:
+            names.append(word)
+    return found
 
 
 def _bytes_in(form: str, shape: tuple[int, ...], width: int) -> int:

@@ -28,28 +28,11 @@ def create_app(service: Service) -> Any:
     """
     try:
         from fastapi import FastAPI, Request
-        from fastapi.exceptions import RequestValidationError
-        from fastapi.exceptions import StarletteHTTPException as HTTPException  # of which FastAPI's own is a kind
-        from fastapi.responses import JSONResponse, Response, StreamingResponse
+        from fastapi.responses import JSONResponse, Response
     except ImportError as error:
         raise FinesightError(
             f"The server needs the extra `serve` ({error.name} is missing). Run `pip install 'finesight[serve]'`."
         ) from None
-
-    class EventStream(StreamingResponse):
-        """Lets the service know when it is over, also where the client went before its first piece."""
-
-        def __init__(self, accepted: Accepted, gone: Callable[[], Any]) -> None:
-            super().__init__(service.pieces(accepted, gone), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-            self._accepted = accepted
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            status = 499
-            try:
-                await super().__call__(scope, receive, send)
-                status = 200 if self._accepted.job is not None and self._accepted.job.ended else 499
-            finally:
-                service.leave(self._accepted, status)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,33 +40,10 @@ def create_app(service: Service) -> Any:
         service.closing = True
         await asyncio.to_thread(service.worker.stop)
 
+    event_stream = _event_stream_of(service)
     app = FastAPI(title="Finesight", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
 
-    def refusal(error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
-
-    @app.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return refusal(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def on_wrong_form(request: Request, error: RequestValidationError) -> JSONResponse:
-        problem = error.errors()[0]
-        where = ".".join(str(step) for step in problem["loc"][1:])
-        return refusal(ApiError(400, f"{where or 'body'}: {problem['msg']}", code="invalid_form", param=where or None))
-
-    @app.exception_handler(404)
-    @app.exception_handler(405)
-    async def on_wrong_path(request: Request, error: HTTPException) -> JSONResponse:
-        return refusal(ApiError(error.status_code, f"There is no {request.method} {request.url.path[:100]} here.", code="unknown_url"))
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return refusal(ApiError(error.status_code, str(error.detail)))
-
-    @app.exception_handler(Exception)
-    async def on_failure(request: Request, error: Exception) -> JSONResponse:
-        return refusal(ApiError(500, "The server failed.", code="internal_error"))
+    _answer_errors(app)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -111,7 +71,7 @@ def create_app(service: Service) -> Any:
     async def chat_completions(chat: ChatRequest, request: Request) -> Response:
         accepted = await service.accept(chat)
         if chat.stream:
-            return EventStream(accepted, request.is_disconnected)
+            return event_stream(accepted, request.is_disconnected)
         status = 500
         try:
             answer = await service.whole(accepted, request.is_disconnected)
@@ -124,6 +84,62 @@ def create_app(service: Service) -> Any:
         return JSONResponse(answer)
 
     return app
+
+
+def _event_stream_of(service: Service) -> Any:
+    """The response that streams an answer of a service, for (the accepted request, what tells that its client has gone)."""
+    from fastapi.responses import StreamingResponse
+
+    class EventStream(StreamingResponse):
+        """Lets the service know when it is over, also where the client went before its first piece."""
+
+        def __init__(self, accepted: Accepted, gone: Callable[[], Any]) -> None:
+            super().__init__(service.pieces(accepted, gone), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            self._accepted = accepted
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            status = 499
+            try:
+                await super().__call__(scope, receive, send)
+                status = 200 if self._accepted.job is not None and self._accepted.job.ended else 499
+            finally:
+                service.leave(self._accepted, status)
+
+    return EventStream
+
+
+def _answer_errors(app: Any) -> None:
+    """Whatever goes wrong is answered with OpenAI's error object and its status."""
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.exceptions import StarletteHTTPException as HTTPException  # of which FastAPI's own is a kind
+    from fastapi.responses import JSONResponse
+
+    def refusal(error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+    @app.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
+        return refusal(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_wrong_form(request: Request, error: RequestValidationError) -> JSONResponse:
+        problem = error.errors()[0]
+        where = ".".join(str(step) for step in problem["loc"][1:])
+        return refusal(ApiError(400, f"{where or 'body'}: {problem['msg']}", code="invalid_form", param=where or None))
+
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def on_wrong_path(request: Request, error: HTTPException) -> JSONResponse:
+        return refusal(ApiError(error.status_code, f"There is no {request.method} {request.url.path[:100]} here.", code="unknown_url"))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return refusal(ApiError(error.status_code, str(error.detail)))
+
+    @app.exception_handler(Exception)
+    async def on_failure(request: Request, error: Exception) -> JSONResponse:
+        return refusal(ApiError(500, "The server failed.", code="internal_error"))
 
 
 def serve(shelf: ModelShelf, settings: ServeSettings, on_ready: Callable[[str], None] = lambda address: None) -> None:

@@ -106,7 +106,8 @@ def plan_here(prepared: Prepared, accelerator: Accelerator, *, config: object | 
         situation = situation_of(prepared, accelerator, total_steps=prepared.plan().total_steps, config=config)
     except ModelError:
         return None
-    return decide(situation, as_stored(situation.model, prepared.recipe), force=force)
+    model, recipe = as_stored(situation.model, prepared.recipe)
+    return decide(replace(situation, model=model), recipe, force=force)
 
 
 def decide(situation: Situation, recipe: Recipe, *, force: bool = False) -> MemoryPlan:

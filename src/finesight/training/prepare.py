@@ -27,7 +27,7 @@ from finesight.errors import BadRow, DataError, RecipeError, TemplateError
 from finesight.models.adapter_metadata import adapter_shape, restore_data_settings
 from finesight.recipe import DataSettings, Recipe, SourceSettings
 from finesight.tasks.frames import frames_of
-from finesight.tasks.graders import get_grader
+from finesight.tasks.graders import check_graders
 from finesight.tasks.reward_types import Reward
 from finesight.tasks.rewards import check_rewards, load_rewards
 from finesight.training.telemetry import counted, padding_saved, progress, sharing_ratio
@@ -201,8 +201,7 @@ def prepare(
     """
     if recipe.rewards:
         load_rewards(recipe.rewards, base_dir=base_dir or Path.cwd())
-    for task in recipe.evaluation.tasks:
-        get_grader(task.grader, task.grader_options, base_dir=base_dir)  # a name misspelt is found now, not after training
+    check_graders(recipe.evaluation.tasks, base_dir=base_dir)  # what is wrong with them is found now, not after training
     recipe, notes = _effective(recipe)
     if processor is None:
         processor = load_processor(recipe.model.name_or_path, data=recipe.data, hub=recipe.model.hub, revision=recipe.model.revision)

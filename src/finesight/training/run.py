@@ -132,6 +132,8 @@ class SFTTrainer:
                     "SFTTrainer: a processor is for a model that is loaded already; give finesight.load(…) as model, or leave it out"
                 )
             self.loaded = replace(self.loaded, processor=processor)
+        if self.loaded is not None:
+            settings |= self.loaded.precision(recipe, settings)
         if eval_dataset is not None and recipe is None:
             settings.setdefault("eval_split", "eval_dataset")  # whose rows are handed over, not read
         name = self.loaded.model.name_or_path if self.loaded is not None else model
