@@ -53,6 +53,7 @@ class Rows:
 
         self.tokens, self.positions, self.lengths, self.steps = (zeros(rows) for _ in range(4))
         self.table = zeros(rows, blocks)
+        self.prompt_blocks = zeros(rows)  # at the front of a row's table, in common with other answers to its prompt
         self.uniform = zeros(rows, steps, dtype=torch.float64)
         self.logprobs = zeros(rows, dtype=torch.float32)
         self.settings = RowSettings.empty(rows, device)
@@ -65,6 +66,7 @@ class Rows:
         """An idle row: it goes on in the idle block, read by nobody."""
         self.lengths[row] = 0
         self.table[row] = 0
+        self.prompt_blocks[row] = 0
 
     def fill(
         self, row: int, prompt: np.ndarray, next_position: int, blocks: list[int], settings: SamplingSettings, uniform: np.ndarray
@@ -86,6 +88,7 @@ class Rows:
                 self.seen = torch.zeros(len(self.tokens), self.vocabulary, dtype=torch.bool, device=self.device)
             self.seen[row] = False
             self.seen[row, torch.from_numpy(np.unique(prompt)).to(self.device)] = True
+        self.prompt_blocks[row] = len(prompt) // BLOCK_TOKENS
         self.steps[row], self.lengths[row], self.positions[row] = 1, len(prompt), next_position
 
     def draw_first(self, begun: list[int], logits: torch.Tensor, kind: StepKind) -> None:
@@ -96,7 +99,8 @@ class Rows:
 
     def step(self, decoder: Decoder, count: int, kind: StepKind) -> None:
         """One more token of each of the first rows."""
-        logits = decoder.step(self.tokens[:count], self.positions[:count], self.lengths[:count], self.table[:count])
+        state = (self.tokens, self.positions, self.lengths, self.table, self.prompt_blocks)
+        logits = decoder.step(*(values[:count] for values in state))
         seen = None
         if kind.penalises and self.seen is not None:
             seen = self.seen[:count].scatter_(1, self.tokens[:count, None], True)
