@@ -25,7 +25,7 @@ from torch import nn
 
 from finesight.data.batch import PackedBatch, build_batch
 from finesight.data.pack import pack_step
-from finesight.data.pixels import visual_patches
+from finesight.data.pixels import patches_side_by_side
 from finesight.data.processor import Processor
 from finesight.data.sample import Sample
 from finesight.errors import ModelError
@@ -263,13 +263,15 @@ class DecodingEngine:
         total = sum(len(sample) for sample in samples)
         (plan,) = pack_step(samples, token_budget=total, share=False)
         cache = self.packed.feature_cache
-        keys = [item.key for sample in samples for item in sample.visual_items]
+        items = {item.key: item for sample in samples for item in sample.visual_items}
+        stored = frozenset() if cache is None else frozenset(cache.known(dict.fromkeys(items)))
+        patches = patches_side_by_side([item for key, item in items.items() if key not in stored], self.processor)
         batch = build_batch(
             plan,
-            lambda item: visual_patches(item, self.processor),
+            lambda item: patches[item.key],
             self.processor.layout.merge_size,
             tower=self.packed.tower_shape,
-            stored=frozenset() if cache is None else frozenset(cache.known(dict.fromkeys(keys))),
+            stored=stored,
         )
         order = [tree.segments[0].samples[0] for tree in plan.trees]
         ends = np.cumsum([len(plan.samples[index]) for index in order]) - 1
