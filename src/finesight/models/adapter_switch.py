@@ -25,16 +25,45 @@ class AdapterSwitch:
 
     def __init__(self, base: PreTrainedModel, folders: Mapping[str, str | Path]) -> None:
         self.model: PreTrainedModel | PeftModel = base
-        # peft's own names become parts of parameter names, where a dot may not be.
-        self._peft_names = {name: f"adapter_{number}" for number, name in enumerate(folders)}
+        self._peft_names: dict[str, str] = {}
+        self._loaded = 0
         for name, folder in folders.items():
-            loaded = load_adapter(self.model, folder, name=self._peft_names[name])
-            if (bias := loaded.peft_config[self._peft_names[name]].bias) != "none":
-                raise ModelError(
-                    f"The adapter in {folder} was trained with tuning.bias: {bias}, which changes the base itself: it cannot be switched on "
-                    "and off. Merge it into the base, and use the merged model alone."
-                )
-            self.model = loaded
+            self.add(name, folder)
+
+    def add(self, name: str, folder: str | Path) -> None:
+        """Loads one more adapter; which one is at work stays open until :meth:`use` is called.
+
+        Raises:
+            ModelError: as for the class; nothing has changed then.
+        """
+        # peft's own names become parts of parameter names, where a dot may not be.
+        peft_name = f"adapter_{self._loaded}"
+        self._loaded += 1
+        loaded = load_adapter(self.model, folder, name=peft_name)
+        self.model = loaded
+        if (bias := loaded.peft_config[peft_name].bias) != "none":
+            loaded.delete_adapter(peft_name)
+            raise ModelError(
+                f"The adapter in {folder} was trained with tuning.bias: {bias}, which changes the base itself: it cannot be switched on "
+                "and off. Merge it into the base, and use the merged model alone."
+            )
+        self._peft_names[name] = peft_name
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter and puts the base alone to work.
+
+        Raises:
+            ModelError: no adapter of that name is loaded.
+        """
+        self.use(name)  # it is loaded
+        if not isinstance(self.model, PeftModel):
+            return
+        peft_name = self._peft_names.pop(name)
+        if self._peft_names:
+            self.model.delete_adapter(peft_name)
+            self.use(None)
+        else:  # peft keeps no model without adapters
+            self.model = self.model.unload()
 
     def use(self, name: str | None) -> None:
         """Puts an adapter to work, or with None the base alone.

@@ -13,6 +13,7 @@ from finesight.errors import FinesightError, ModelError
 from finesight.serve.errors import ApiError
 from finesight.serve.guard import Guard
 from finesight.serve.models import ModelShelf
+from finesight.serve.runtime_adapters import add_routes
 from finesight.serve.schema import ChatRequest
 from finesight.serve.service import Accepted, Service
 from finesight.serve.settings import ServeSettings
@@ -97,7 +98,8 @@ def create_app(service: Service) -> Any:
 
     def model_object(name: str) -> dict[str, Any]:
         model = service.model(name)
-        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "finesight"}
+        parent = None if model.adapter is None else service.shelf.base_name
+        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "finesight", "parent": parent}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -123,6 +125,7 @@ def create_app(service: Service) -> Any:
             service.leave(accepted, status)
         return JSONResponse(answer)
 
+    add_routes(app, service)
     return app
 
 
