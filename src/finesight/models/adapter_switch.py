@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from finesight.errors import ModelError
@@ -39,10 +40,14 @@ class AdapterSwitch:
         # peft's own names become parts of parameter names, where a dot may not be.
         peft_name = f"adapter_{self._loaded}"
         self._loaded += 1
-        loaded = load_adapter(self.model, folder, name=peft_name)
+        try:
+            loaded = load_adapter(self.model, folder, name=peft_name)
+        except ModelError:
+            self._withdraw(peft_name)
+            raise
         self.model = loaded
         if (bias := loaded.peft_config[peft_name].bias) != "none":
-            loaded.delete_adapter(peft_name)
+            self._withdraw(peft_name)
             raise ModelError(
                 f"The adapter in {folder} was trained with tuning.bias: {bias}, which changes the base itself: it cannot be switched on "
                 "and off. Merge it into the base, and use the merged model alone."
@@ -55,15 +60,28 @@ class AdapterSwitch:
         Raises:
             ModelError: no adapter of that name is loaded.
         """
-        self.use(name)  # it is loaded
-        if not isinstance(self.model, PeftModel):
+        if name not in self._peft_names:
+            raise self._unknown(name)
+        self._withdraw(self._peft_names.pop(name))
+        self.use(None)
+
+    def _withdraw(self, peft_name: str) -> None:
+        """Takes an adapter out of the layers, also one whose loading failed halfway."""
+        if self._peft_names and isinstance(self.model, PeftModel):
+            if peft_name in self.model.peft_config:
+                self.model.set_adapter(next(iter(self._peft_names.values())), inference_mode=True)  # peft warns if the active one goes
+                self.model.delete_adapter(peft_name)
             return
-        peft_name = self._peft_names.pop(name)
-        if self._peft_names:
-            self.model.delete_adapter(peft_name)
-            self.use(None)
-        else:  # peft keeps no model without adapters
-            self.model = self.model.unload()
+        # It was the only one, and peft keeps no model without adapters.
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        adapted = [path for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+        for path in adapted:
+            parent, _, leaf = path.rpartition(".")
+            if not any(path.startswith(f"{outer}.") for outer in adapted):
+                setattr(base.get_submodule(parent), leaf, base.get_submodule(path).get_base_layer())
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        self.model = base
 
     def use(self, name: str | None) -> None:
         """Puts an adapter to work, or with None the base alone.
@@ -72,7 +90,7 @@ class AdapterSwitch:
             ModelError: no adapter of that name is loaded.
         """
         if name is not None and name not in self._peft_names:
-            raise ModelError(f"No adapter {name!r} is loaded, only {', '.join(self._peft_names) or 'the base'}.")
+            raise self._unknown(name)
         if not isinstance(self.model, PeftModel):
             return
         if name is None:
@@ -80,3 +98,6 @@ class AdapterSwitch:
             return
         self.model.base_model.enable_adapter_layers()
         self.model.set_adapter(self._peft_names[name], inference_mode=True)
+
+    def _unknown(self, name: str) -> ModelError:
+        return ModelError(f"No adapter {name!r} is loaded, only {', '.join(self._peft_names) or 'the base'}.")

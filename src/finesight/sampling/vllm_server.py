@@ -17,9 +17,18 @@ _CONNECT_S = 10.0
 _KEEP_ALIVE_S = 2.0
 _BUSY = (429, 503)
 _TRIES = 6  # while it is busy, twice as long between them each time
-START = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank RANK --logprobs-mode processed_logprobs"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 _Form = TypeVar("_Form", bound=BaseModel)
+
+
+def start_command(name_or_path: str, rank: int) -> str:
+    """How a server is started that can sample for a run."""
+    most = next((size for size in _RANKS if size >= rank), rank)
+    return (
+        f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name_or_path} --enable-lora --max-lora-rank {most} "
+        "--logprobs-mode processed_logprobs"
+    )
 
 
 class VllmServer:
@@ -27,12 +36,13 @@ class VllmServer:
 
     Args:
         url: of the server, with or without `/v1`.
+        start: how one is started, for messages (:func:`start_command`).
         api_key: sent as a bearer token; None: none.
         timeout_s: for one answer.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+    def __init__(self, url: str, *, start: str, api_key: str | None = None, timeout_s: float = 600.0) -> None:
+        self.url, self._start = url.rstrip("/").removesuffix("/v1"), start
         # No proxies, no .netrc, no redirects: only this address is to be contacted.
         self._client = httpx.Client(
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
@@ -72,11 +82,11 @@ class VllmServer:
         if response.is_success:
             return
         reason = _reason(response)
-        if response.status_code in (404, 405) and "adapter" not in reason.lower():
-            raise EngineError(f"The server at {self.url} takes no adapters at run time. Start it with {START}")
+        if response.status_code in (404, 405) and "No adapter found" not in reason:
+            raise EngineError(f"The server at {self.url} takes no adapters at run time. Start it with: {self._start}")
         hints = {
-            "max_lora_rank": "Start it with --max-lora-rank at least tuning.r.",
-            "not enabled": f"Start it with {START}",
+            "max_lora_rank": f"Start it with: {self._start}",
+            "not enabled": f"Start it with: {self._start}",
             "No adapter found": "The server must see the folder of the run under the same path (a shared disk, or a mount of its container).",
             "target modules": "vLLM adapts the language model alone unless it is started with --enable-tower-connector-lora.",
         }
@@ -112,7 +122,7 @@ class VllmServer:
             raise EngineError(f"The server at {self.url} did not {what}.") from None
         except httpx.HTTPError as error:
             raise EngineError(
-                f"The server at {self.url} (rollout.url) cannot be reached: {error}. Start it, for example with {START}"
+                f"The server at {self.url} (rollout.url) cannot be reached: {error}. Start it, for example with: {self._start}"
             ) from None
         return response
 
@@ -143,6 +153,5 @@ def _reason(response: httpx.Response) -> str:
         return response.text.strip()[:300] or response.reason_phrase
     if isinstance(content, dict):
         error = content.get("error", content)
-        if isinstance(error, dict):
-            content = error.get("message") or error.get("detail") or content
+        content = (error.get("message") or error.get("detail") or content) if isinstance(error, dict) else error
     return str(content)[:500]

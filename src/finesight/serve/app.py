@@ -99,7 +99,15 @@ def create_app(service: Service) -> Any:
     def model_object(name: str) -> dict[str, Any]:
         model = service.model(name)
         parent = None if model.adapter is None else service.shelf.base_name
-        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "finesight", "parent": parent}
+        most = service.settings.max_length_tokens
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "finesight",
+            "parent": parent,
+            "max_model_len": most,
+        }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

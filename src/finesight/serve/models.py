@@ -84,8 +84,10 @@ class ModelShelf:
             ModelError: the folder holds no adapter that fits.
         """
         model = _adapter(name, folder, self._checkpoint, self._settings, self._data, int(time.time()))
-        self.switch.add(name, folder)
-        self.packed = PackedModel(self.switch.model.eval())
+        try:
+            self.switch.add(name, folder)
+        finally:  # what failed halfway has been taken out of the layers again
+            self.packed = PackedModel(self.switch.model.eval())
         self.models[name] = model
 
     def remove_adapter(self, name: str) -> None:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from finesight.sampling.vllm_sampler import VllmSampler
-from finesight.sampling.vllm_server import VllmServer
+from finesight.sampling.vllm_server import VllmServer, start_command
 from finesight.training.prepare import Prepared
 
 ADAPTERS = "rollout-adapters"  # in the folder of a run, while it runs
@@ -30,8 +30,14 @@ def rollout_engine(prepared: Prepared, accelerator: Accelerator, save: Callable[
     if rollout is None or rollout.engine == "builtin" or rollout.url is None:
         return None
     run = broadcast_object_list([secrets.token_hex(4)])[0]
+    server = VllmServer(
+        rollout.url,
+        start=start_command(recipe.model.name_or_path, recipe.tuning.r),
+        api_key=os.environ.get(rollout.api_key_env) or None,
+        timeout_s=rollout.timeout_s,
+    )
     sampler = VllmSampler(
-        VllmServer(rollout.url, api_key=os.environ.get(rollout.api_key_env) or None, timeout_s=rollout.timeout_s),
+        server,
         prepared.processor,
         prepared.conversations,
         folder=Path(recipe.training.output_dir) / ADAPTERS,
