@@ -283,3 +283,4 @@ def test_too_few_answers(processor, prompt, tmp_path):
 
 def test_the_rank_that_a_server_is_started_with():
     assert start_command("Qwen/Q", 20) == START and "--max-lora-rank 8 " in start_command("Qwen/Q", 4)
+    assert "--enable-tower-connector-lora" in start_command("Qwen/Q", 4, tower=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from rich.console import Console
 
 from finesight.errors import DataError, EngineError, RecipeError
 from finesight.recipe import DataSettings, ModelSettings
@@ -209,6 +211,15 @@ def test_a_run_goes_on_at_another_address(recipe_of, checkpoint, root):
     assert [line["step"] for line in steps_of(again)] == [2]
     assert steps_of(again)[0]["loss"] == pytest.approx(steps_of(whole)[1]["loss"], abs=1e-6)
     assert distance(weights(again), weights(whole)) < 1e-6
+
+
+def test_an_adapter_in_the_tower(recipe_of):
+    """The project's own server applies it; vLLM does so only where it is told to, which a run cannot see."""
+    out = io.StringIO()
+    recipe = recipe_of(tuning={"finetune_vision_layers": True, "finetune_merger": True})
+    lines = steps_of(train(recipe, console=Console(file=out, width=300)))
+    assert all(line["sampling/sampling_logp_difference/max"] < 1e-5 for line in lines) and lines[1]["grad_norm"] > 0
+    assert "unless it was started with --enable-tower-connector-lora" in out.getvalue()
 
 
 class TestWhatIsRefused:

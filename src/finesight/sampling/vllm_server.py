@@ -17,17 +17,23 @@ _CONNECT_S = 10.0
 _KEEP_ALIVE_S = 2.0
 _BUSY = (429, 503)
 _TRIES = 6  # while it is busy, twice as long between them each time
+TOWER_OPTION = "--enable-tower-connector-lora"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 _Form = TypeVar("_Form", bound=BaseModel)
 
 
-def start_command(name_or_path: str, rank: int) -> str:
-    """How a server is started that can sample for a run."""
+def start_command(name_or_path: str, rank: int, *, tower: bool = False) -> str:
+    """How a server is started that can sample for a run.
+
+    Args:
+        rank: of the adapter.
+        tower: whether the adapter reaches into tower or merger.
+    """
     most = next((size for size in _RANKS if size >= rank), rank)
     return (
         f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {name_or_path} --enable-lora --max-lora-rank {most} "
-        "--logprobs-mode processed_logprobs"
+        f"{TOWER_OPTION + ' ' if tower else ''}--logprobs-mode processed_logprobs"
     )
 
 
@@ -88,7 +94,7 @@ class VllmServer:
             "max_lora_rank": f"Start it with: {self._start}",
             "not enabled": f"Start it with: {self._start}",
             "No adapter found": "The server must see the folder of the run under the same path (a shared disk, or a mount of its container).",
-            "target modules": "vLLM adapts the language model alone unless it is started with --enable-tower-connector-lora.",
+            "target modules": f"vLLM adapts the language model alone unless it is started with {TOWER_OPTION}.",
         }
         hint = next((text for sign, text in hints.items() if sign in reason), "")
         raise EngineError(f"The server at {self.url} cannot load the adapter {folder} ({response.status_code}: {reason}). {hint}".rstrip())

@@ -152,7 +152,8 @@ class Session:
         self.output_dir = Path(self.recipe.training.output_dir)
         self.plan = prepared.plan()
         self.begun = time.time()
-        self.engine = rollout_engine(prepared, accelerator, self._save_adapter)  # before the model is loaded, which takes longer to fail
+        # Before the model is loaded, which takes longer than to find out that a server is missing.
+        self.engine = rollout_engine(prepared, accelerator, self._save_adapter, self._say)
         # Adapters are drawn the same on all processes; what dropout draws afterwards differs between them.
         self.loaded = loaded or self._load()
         self.model = apply_tuning(self.loaded.model, self.recipe.tuning, self.loaded.family, self.recipe.training.seed)
