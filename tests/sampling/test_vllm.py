@@ -250,7 +250,7 @@ def test_log_probabilities_of_another_temperature(processor, prompt, raw):
 
     def answer(temperature: float) -> dict[str, Any]:
         content = json.loads(json.dumps(recorded_chat()))
-        top = [{"token": name, "logprob": value / temperature, "bytes": None} for name, value in (("a", -0.5), ("b", -1.5))]
+        top = [{"token": name, "logprob": value / temperature, "bytes": None} for name, value in (("a", -0.5), ("b", -1.51), ("c", -3.0))]
         content["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
         return exchange("POST", "/v1/chat/completions", 200, content)
 

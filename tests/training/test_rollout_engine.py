@@ -25,6 +25,7 @@ from finesight.serve.models import ModelShelf
 from finesight.training.grpo import GRPO
 from finesight.training.prepare import prepare
 from finesight.training.run import train
+from finesight.training.run_sizes import rollout_sizes
 from finesight.training.session import Session, start_accelerator
 from serve.conftest import Running, running
 from tiny import FAMILIES, tiny_checkpoint
@@ -211,6 +212,13 @@ def test_a_run_goes_on_at_another_address(recipe_of, checkpoint, root):
     assert [line["step"] for line in steps_of(again)] == [2]
     assert steps_of(again)[0]["loss"] == pytest.approx(steps_of(whole)[1]["loss"], abs=1e-6)
     assert distance(weights(again), weights(whole)) < 1e-6
+
+
+def test_the_plan_has_no_rollouts_in_memory(recipe_of):
+    recipe = recipe_of()
+    assert rollout_sizes(prepare(recipe)) is None
+    held_out = recipe.model_copy(update={"training": recipe.training.model_copy(update={"eval_strategy": "epoch"})})
+    assert rollout_sizes(replace(prepare(recipe), recipe=held_out)) is not None  # answered by the model in training
 
 
 def test_an_adapter_in_the_tower(recipe_of):

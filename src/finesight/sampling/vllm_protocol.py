@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -239,13 +240,25 @@ def base_card(cards: Sequence[ModelCard], name_or_path: str, model: str | None) 
     )
 
 
-def same_distribution(one: ChatAnswer, other: ChatAnswer) -> bool:
-    """Whether the alternatives to the first token have the same log-probabilities in two answers to one prompt."""
+def ignores_temperature(under: ChatAnswer, plain: ChatAnswer, temperature: float) -> bool:
+    """Whether log-probabilities of a first token are those of temperature 1 although it was drawn under another.
 
-    def alternatives(answer: ChatAnswer) -> Iterator[tuple[str, float]]:
-        for choice in answer.choices:
-            for token in (choice.logprobs.content or [])[:1] if choice.logprobs is not None else []:
-                yield from ((each.token, each.logprob) for each in token.top_logprobs)
+    Under temperature T two alternatives are 1/T times as far apart as under 1, whatever the distribution; which of the two was
+    returned shows even through the noise of a low precision.
 
-    first, second = dict(alternatives(one)), dict(alternatives(other))
-    return bool(first) and all(abs(first[token] - second[token]) < 1e-2 for token in first.keys() & second.keys())
+    Args:
+        under: an answer under the temperature; plain: one to the same prompt under 1; both with alternatives.
+    """
+    first, second = _alternatives(under), _alternatives(plain)
+    shared = sorted(first.keys() & second.keys(), key=lambda token: second[token])
+    if len(shared) < 2:
+        return False
+    far, near = (table[shared[-1]] - table[shared[0]] for table in (first, second))
+    return far > 0 and near > 0 and abs(math.log(far / near)) < abs(math.log(temperature)) / 2
+
+
+def _alternatives(answer: ChatAnswer) -> dict[str, float]:
+    """Log-probabilities of the likeliest first tokens."""
+    logprobs = answer.choices[0].logprobs if answer.choices else None
+    content = logprobs.content if logprobs is not None else None
+    return {each.token: each.logprob for each in content[0].top_logprobs} if content else {}

@@ -25,8 +25,8 @@ from finesight.sampling.vllm_protocol import (
     chat_request,
     check_prompt,
     completion_of,
+    ignores_temperature,
     messages_of,
-    same_distribution,
 )
 from finesight.sampling.vllm_server import VllmServer
 
@@ -104,7 +104,7 @@ class VllmSampler:
             body = chat_request(model, messages, settings, seed=0, stop_ids=self.stop_ids, forbidden=self.forbidden)
             return self.server.chat({**body, "top_logprobs": 5})
 
-        if same_distribution(answer(temperature), answer(1.0)):
+        if ignores_temperature(answer(temperature), answer(1.0), temperature):
             raise EngineError(
                 f"The server at {self.server.url} returns log-probabilities of temperature 1, and rollout.temperature is {temperature:g}. "
                 "Start it with --logprobs-mode processed_logprobs, or set rollout.temperature: 1."
