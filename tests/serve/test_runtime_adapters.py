@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -121,6 +122,11 @@ def test_an_adapter_that_does_not_fit(open_server, open_folder, loaded):
         assert {name: text_of(ask(open_server, name)) for name in before} == before
         layers = [module for module in open_server.service.shelf.switch.model.modules() if isinstance(module, BaseTunerLayer)]
         assert {len(module.lora_A) for module in layers} == ({1} if loaded else set())
+    config = json.loads((other / "adapter_config.json").read_text(encoding="utf-8"))
+    (other / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}), encoding="utf-8")
+    response = post(open_server, "load_lora_adapter", {"lora_name": "other", "lora_path": str(other)})
+    assert response.status_code == 400 and "tuning.bias: all, which changes the base itself" in response.json()["error"]["message"]
+    shutil.rmtree(other)
     if loaded:
         assert post(open_server, "unload_lora_adapter", {"lora_name": "whole"}).status_code == 200
 

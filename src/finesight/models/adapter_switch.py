@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from finesight.errors import ModelError
 from finesight.models.adapter_files import load_adapter
+from finesight.models.adapter_metadata import adapter_shape
 
 
 class AdapterSwitch:
@@ -37,21 +38,19 @@ class AdapterSwitch:
         Raises:
             ModelError: as for the class; nothing has changed then.
         """
-        # peft's own names become parts of parameter names, where a dot may not be.
-        peft_name = f"adapter_{self._loaded}"
-        self._loaded += 1
-        try:
-            loaded = load_adapter(self.model, folder, name=peft_name)
-        except ModelError:
-            self._withdraw(peft_name)
-            raise
-        self.model = loaded
-        if (bias := loaded.peft_config[peft_name].bias) != "none":
-            self._withdraw(peft_name)
+        if (bias := adapter_shape(folder).get("bias", "none")) != "none":
             raise ModelError(
                 f"The adapter in {folder} was trained with tuning.bias: {bias}, which changes the base itself: it cannot be switched on "
                 "and off. Merge it into the base, and use the merged model alone."
             )
+        # peft's own names become parts of parameter names, where a dot may not be.
+        peft_name = f"adapter_{self._loaded}"
+        self._loaded += 1
+        try:
+            self.model = load_adapter(self.model, folder, name=peft_name)
+        except ModelError:
+            self._withdraw(peft_name)
+            raise
         self._peft_names[name] = peft_name
 
     def remove(self, name: str) -> None:
