@@ -433,6 +433,11 @@ class Recipe(Settings):
                 f"rollout.max_completion_length ({r.max_completion_length}) leaves no room for a prompt in a pack of training.token_budget "
                 f"({t.token_budget}) tokens; raise the one or lower the other"
             )
+        if r.engine != "builtin" and (self.tuning.method == "full" or self.tuning.bias != "none"):
+            raise ValueError(
+                f"rollout.engine: {r.engine} is given each new adapter, which is all that may train: set tuning.method: lora and tuning.bias: none, "
+                "or rollout.engine: builtin"
+            )
         if g.beta > 0 and self.tuning.method == "full":
             raise ValueError(
                 "grpo.beta needs the base as its reference, and full tuning changes the base; set grpo.beta: 0 or tuning.method: lora"

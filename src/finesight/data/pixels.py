@@ -39,6 +39,15 @@ def visual_patches(item: VisualItem, processor: Processor) -> np.ndarray:
     Raises:
         MediaError: the image or video cannot be decoded.
     """
+    return cut_patches([np.asarray(frame) for frame in resized_frames(item, processor)], processor)
+
+
+def resized_frames(item: VisualItem, processor: Processor) -> list[Image.Image]:
+    """The image, or the frames of the video, as the tower is to see them: upright, in RGB, of the item's size.
+
+    Raises:
+        MediaError: the image or video cannot be decoded.
+    """
     if item.part.media is None:
         raise DataError(f"a part of type {item.part.type} names no file")
     if item.kind == "image":
@@ -47,8 +56,7 @@ def visual_patches(item: VisualItem, processor: Processor) -> np.ndarray:
         frames = read_frames(item.part.media, item.frame_indices)
     size = (item.resized_width, item.resized_height)
     resample = Image.Resampling(int(processor.image_processor.resample))
-    arrays = [np.asarray(frame if frame.size == size else frame.resize(size, resample)) for frame in frames]
-    return cut_patches(arrays, processor)
+    return [frame if frame.size == size else frame.resize(size, resample) for frame in frames]
 
 
 def patches_side_by_side(items: Sequence[VisualItem], processor: Processor) -> dict[str, np.ndarray]:

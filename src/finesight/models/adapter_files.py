@@ -87,7 +87,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
                 wrapped = PeftModel.from_pretrained(
                     cast(Any, model), str(folder), name, is_trainable=is_trainable, config=adapt_quantized_experts(config)
                 )
-    except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(
             f"The adapter in {folder} does not fit this model: {_first_line(error)} It names the base {adapter_base(folder)}."
         ) from error

@@ -50,7 +50,7 @@ class ForkingSampler:
         self.compile_layers, self.say = compile_layers, say
         self._encoder = Encoder(processor, image_first=image_first)
         self.stop_ids = stop_ids(processor)
-        self.forbidden = (processor.image_token_id, processor.video_token_id)
+        self.forbidden: tuple[int, ...] = (processor.image_token_id, processor.video_token_id)
 
     def generate(
         self, prompts: Sequence[Conversation], settings: SamplingSettings, on_progress: Progress | None = None
@@ -65,6 +65,9 @@ class ForkingSampler:
         """
         samples = [self._encoder.encode_prompt(prompt) for prompt in prompts]
         return self.generate_samples(samples, settings, on_progress)
+
+    def refresh(self, step: int) -> None:
+        """Nothing needs to be done: completions are drawn from the model in training itself."""
 
     def generate_samples(
         self, samples: Sequence[Sample], settings: SamplingSettings, on_progress: Progress | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from finesight.data.conversation import Conversation
+from finesight.data.sample import Sample
 from finesight.errors import RecipeError
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
@@ -69,4 +70,20 @@ class Sampler(Protocol):
 
         A prompt ends with what is to be answered.
         """
+        ...
+
+
+class RolloutSampler(Protocol):
+    """Answers prompts of a run of reinforcement with the weights in training."""
+
+    forbidden: tuple[int, ...]  # ids that are never drawn
+
+    def refresh(self, step: int) -> None:
+        """Has the present weights used from now on, those after `step` optimizer steps."""
+        ...
+
+    def generate_samples(
+        self, samples: Sequence[Sample], settings: SamplingSettings, on_progress: Progress | None = None
+    ) -> list[Completion]:
+        """`num_generations` completions for each encoded prompt, with their log-probabilities, in the prompts' order."""
         ...

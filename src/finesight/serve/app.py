@@ -13,6 +13,7 @@ from finesight.errors import FinesightError, ModelError
 from finesight.serve.errors import ApiError
 from finesight.serve.guard import Guard
 from finesight.serve.models import ModelShelf
+from finesight.serve.runtime_adapters import add_routes
 from finesight.serve.schema import ChatRequest
 from finesight.serve.service import Accepted, Service
 from finesight.serve.settings import ServeSettings
@@ -57,7 +58,16 @@ def create_app(service: Service) -> Any:
 
     def model_object(name: str) -> dict[str, Any]:
         model = service.model(name)
-        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "finesight"}
+        parent = None if model.adapter is None else service.shelf.base_name
+        most = service.settings.max_length_tokens
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "finesight",
+            "parent": parent,
+            "max_model_len": most,
+        }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -83,6 +93,7 @@ def create_app(service: Service) -> Any:
             service.leave(accepted, status)
         return JSONResponse(answer)
 
+    add_routes(app, service)
     return app
 
 

@@ -95,7 +95,9 @@ class ChatRequest(_Form):
     response_format: dict[str, Any] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = None  # this and the two below: see `token_ids.py`
+    stop_token_ids: list[int] | None = Field(None, max_length=64)
+    return_token_ids: bool | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -120,7 +122,6 @@ class ChatRequest(_Form):
             "response_format": self.response_format not in (None, {"type": "text"}),
             "presence_penalty": self.presence_penalty not in (None, 0),
             "frequency_penalty": self.frequency_penalty not in (None, 0),
-            "logit_bias": bool(self.logit_bias),
             "tools": bool(self.tools),
             "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "functions": bool(self.functions),

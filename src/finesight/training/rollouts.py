@@ -18,8 +18,7 @@ from finesight.data.blank import blanked
 from finesight.data.conversation import Conversation
 from finesight.data.sample import Sample
 from finesight.grpo_settings import GRPOSettings, RolloutSettings
-from finesight.sampling.forking_sampler import ForkingSampler
-from finesight.sampling.types import Completion, SamplingSettings
+from finesight.sampling.types import Completion, RolloutSampler, SamplingSettings
 from finesight.tasks.reward_types import Reward, RewardCall, RewardFailure, RewardResult
 from finesight.tasks.rewards import RewardSet
 from finesight.training.grpo_losses import overlong_penalty
@@ -78,7 +77,7 @@ class RolloutMaker:
 
     def __init__(
         self,
-        sampler: ForkingSampler,
+        sampler: RolloutSampler,
         rewards: RewardSet,
         prompts: Sequence[Sample],
         conversations: Sequence[Conversation],
@@ -101,7 +100,9 @@ class RolloutMaker:
         Raises:
             DataError: an image cannot be opened.
             ModelError: the GPU has no memory to sample.
+            EngineError: another engine fails.
         """
+        self.sampler.refresh(at.step)
         groups, result = self._groups(rows, [self.prompts[row] for row in rows], at, "completions")
         # Of the first round alone: groups that replaced others were chosen for what they earn.
         figures = {**completion_figures(groups, self.rollout.max_completion_length), **reward_figures(result, groups, self.labels)}

@@ -42,9 +42,14 @@ def pack_sizes(plan: PackPlan) -> PackSizes:
 
 
 def rollout_sizes(prepared: Prepared) -> RolloutSizes | None:
-    """What is sampled at once in a run of reinforcement: `rollout.batch_size` completions, all as long as they may be."""
+    """What is sampled at once in a run of reinforcement: `rollout.batch_size` completions, all as long as they may be.
+
+    Another engine samples in memory of its own; held-out prompts are answered by the model in training all the same.
+    """
     grpo, rollout = prepared.recipe.grpo, prepared.recipe.rollout
     if grpo is None or rollout is None:
+        return None
+    if rollout.engine != "builtin" and prepared.recipe.training.eval_strategy == "no":
         return None
     groups = prepared.recipe.training.train_batch_size // grpo.num_generations * grpo.steps_per_generation
     return RolloutSizes(

@@ -48,6 +48,7 @@ from finesight.training.optimizer import StepOptimizer
 from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
+from finesight.training.rollout_engine import rollout_engine
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.rollouts import RolloutMaker
 from finesight.training.saving import RunSaver
@@ -151,6 +152,8 @@ class Session:
         self.output_dir = Path(self.recipe.training.output_dir)
         self.plan = prepared.plan()
         self.begun = time.time()
+        # Before the model is loaded, which takes longer than to find out that a server is missing.
+        self.engine = rollout_engine(prepared, accelerator, self._save_adapter, self._say)
         # Adapters are drawn the same on all processes; what dropout draws afterwards differs between them.
         self.loaded = loaded or self._load()
         self.model = apply_tuning(self.loaded.model, self.recipe.tuning, self.loaded.family, self.recipe.training.seed)
@@ -179,7 +182,7 @@ class Session:
         grpo, rollout = self.recipe.grpo, self.recipe.rollout
         if grpo is None or rollout is None:
             return SupervisedFineTuning()
-        return GRPO(grpo, rollout.max_completion_length)
+        return GRPO(grpo, rollout.max_completion_length, corrects_sampler=rollout.engine != "builtin")
 
     def _compile_layers(self) -> bool:
         """Whether layers are compiled: as the recipe says, or where it pays."""
@@ -265,6 +268,9 @@ class Session:
             with suppress(ModelError):  # the model goes back to its owner whole, if it can; the first error is the one to tell
                 self.packed.tower_place.present()
             raise
+        finally:
+            if self.engine is not None:
+                self.engine.close()
 
     def _train(self, state: TrainerState, saver: RunSaver) -> RunResult:
         with Telemetry(
@@ -368,7 +374,7 @@ class Session:
         if grpo is None or rollout is None:
             raise RecipeError("Rollouts are for reinforcement: add a section grpo to the recipe.")
         maker = RolloutMaker(
-            sampler,
+            self.engine or sampler,
             rewards,
             prepared.samples,
             prepared.conversations,
@@ -413,6 +419,9 @@ class Session:
             model=self.model,
             processor=self.prepared.processor,
         )
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_weights(self.model, folder, self.metadata, self.prepared.processor)
 
     def _fill(self, folder: Path) -> None:
         save_weights(self.model, folder, self.metadata, self.prepared.processor)

@@ -49,6 +49,10 @@ _FREE_TO_CHANGE = frozenset(
         "training.report_to",
         "training.num_workers",
         "rollout.batch_size",
+        "rollout.url",
+        "rollout.model",
+        "rollout.api_key_env",
+        "rollout.timeout_s",
     }
 )
 

@@ -32,6 +32,12 @@ def serve(
     timeout_s: Annotated[float, typer.Option(help="Longest time that a request takes, in seconds; then 408.")] = 300.0,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch media from public http(s) addresses that requests name.")] = False,
     media_dir: Annotated[list[Path] | None, typer.Option(help="Folder that requests may name files in.", show_default="none")] = None,
+    adapter_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder that clients may load adapters from while it serves, as a run that samples here does.", show_default="none"
+        ),
+    ] = None,
     pixels: PixelLimits,
     precision: Precision,
 ) -> None:
@@ -55,6 +61,7 @@ def serve(
         timeout_s=timeout_s,
         allow_urls=allow_urls,
         allowed_dirs=tuple(media_dir or ()),
+        adapter_dirs=tuple(adapter_dir or ()),
     )
     data = DataSettings(**pixels.given())
     with errors_in_flags():
