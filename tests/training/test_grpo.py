@@ -104,6 +104,11 @@ def test_what_a_run_tells_and_leaves(recipe_of, tmp_path):
     assert all(row["images"] and row["images"][0].endswith(".png") for row in table if "question" not in row["prompt"][-12:])
     groups = [[row["advantage"] for row in table if row["group"] == number] for number in range(3)]
     assert all(abs(sum(group)) < 1e-3 for group in groups)
+    assert all(len(row["thumbnails"]) == len(row["images"]) for row in table)
+    page = (result.output_dir / "report.html").read_text(encoding="utf-8")
+    for shown in ("Completions of step 1", "Completions of step 3", "Image ablation", "Entropy", "data:image/png;base64"):
+        assert shown in page, shown
+    assert "KL from the base" not in page  # there was none to draw
 
 
 def test_reward_rises(recipe_of, tmp_path):

@@ -11,12 +11,14 @@ from pyarrow import parquet
 
 from finesight.data.conversation import Conversation
 from finesight.data.media import describe
-from finesight.errors import CheckpointError
+from finesight.errors import CheckpointError, MediaError
+from finesight.evaluation.pictures import thumbnail_of
+from finesight.evaluation.reinforcement import PICTURED_GROUPS
 from finesight.tasks.reward_types import RewardFailure
 from finesight.training.rollouts import Position, Rollout
+from finesight.training.run_report import COMPLETIONS
 from finesight.training.telemetry import Telemetry, counted
 
-COMPLETIONS = "completions"
 _SHOWN_FAILURES = 5
 
 
@@ -44,17 +46,28 @@ class RolloutLog:
         path = self.folder / f"step-{step:06d}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            parquet.write_table(pyarrow.Table.from_pylist(self._records(step, rollout, advantages)), path)
+            beside = path.with_name(f".{path.name}")  # a run that is ended half-way leaves no half file under the name of a whole one
+            parquet.write_table(self._table(step, rollout, advantages), beside)
+            beside.replace(path)
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be written: {error.strerror or error}. Free space there, or choose another output_dir."
             ) from error
+
+    def _table(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> pyarrow.Table:
+        table = pyarrow.Table.from_pylist(self._records(step, rollout, advantages))
+        # A rollout of text alone must not make a column without a type.
+        for name, kind in (("images", pyarrow.string()), ("thumbnails", pyarrow.binary())):
+            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pyarrow.list_(kind)))
+        return table
 
     def _records(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         records = []
         for number, (group, values) in enumerate(zip(rollout.groups, advantages, strict=True)):
             conversation = self.conversations[group.row]
             prompt = conversation.prompt()
+            # Of a few groups, so that a report needs no data; the same bytes in each row of a group are stored once.
+            thumbnails = _thumbnails(prompt) if number < PICTURED_GROUPS else None
             for place, (completion, advantage) in enumerate(zip(group.completions, values, strict=True)):
                 records.append(
                     {
@@ -64,6 +77,7 @@ class RolloutLog:
                         "row": conversation.source.row,
                         "prompt": "\n".join(f"{turn.role}: {turn.text}" for turn in prompt.turns),
                         "images": [describe(part.media) for part in prompt.media if part.media is not None],
+                        "thumbnails": thumbnails,
                         "completion": completion.text,
                         "tokens": len(completion.token_ids),
                         "finish_reason": completion.finish_reason,
@@ -83,6 +97,17 @@ class RolloutLog:
             {"count": len(failures), "failures": first},
             f"{counted(len(failures), 'reward')} failed and count as not given: {'; '.join(first)}{more}",
         )
+
+
+def _thumbnails(prompt: Conversation) -> list[bytes | None]:
+    """Small pictures of a prompt's images and videos, None where one cannot be opened any more."""
+    found: list[bytes | None] = []
+    for part in prompt.media:
+        try:
+            found.append(thumbnail_of(part))
+        except MediaError:
+            found.append(None)
+    return found
 
 
 def _number(value: float | None) -> float | None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from finesight.allocator import use_expandable_segments
 from finesight.data.feed import Feed
 from finesight.data.processor import Processor
-from finesight.errors import ModelError, RecipeError
+from finesight.errors import FinesightError, ModelError, RecipeError
 from finesight.models.adapter_metadata import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
@@ -50,6 +50,7 @@ from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.rollouts import RolloutMaker
+from finesight.training.run_report import write_run_report
 from finesight.training.saving import RunSaver
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.state import TrainerState, data_fingerprint
@@ -398,6 +399,7 @@ class Session:
             self.kept = self.packed.feature_cache = None
         if self.accelerator.is_main_process:
             self._write_run(state, reason)
+            self._write_report()
         if self.recipe.training.report_to:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
@@ -417,6 +419,18 @@ class Session:
     def _fill(self, folder: Path) -> None:
         save_weights(self.model, folder, self.metadata, self.prepared.processor)
         (folder / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
+
+    def _write_report(self) -> None:
+        """Of reinforcement: curves and completions. What goes wrong with it is told and costs the run nothing."""
+        if self.recipe.grpo is None:
+            return
+        try:
+            path = write_run_report(self.output_dir)
+        except (FinesightError, OSError) as error:
+            self._say(f"Note: the report of the run could not be written: {error}")
+        else:
+            if path is not None:
+                self._say(f"Report: {path}")
 
     def _write_run(self, state: TrainerState, reason: StopReason) -> None:
         """Writes `run.json`: what ran where, with which versions, and how it ended."""
