@@ -35,28 +35,37 @@ _ALWAYS_THERE = ("prompts", "completions", "completion_ids", "images", "answer",
 Values = list[float | None]
 
 
-def load_rewards(settings: Sequence[RewardSettings], *, base_dir: Path, frames: Frames | None = None) -> tuple[Reward, ...]:
+def load_rewards(
+    settings: Sequence[RewardSettings],
+    *,
+    base_dir: Path,
+    frames: Frames | None = None,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+) -> tuple[Reward, ...]:
     """The rewards of a recipe. Only here is code of the user loaded; no data file can name any.
 
     Args:
         base_dir: folder that modules and files of the user are looked up in first.
         frames: how the model writes coordinates, for graders of boxes.
+        functions: by the names that settings give them: functions that are in memory, and are not looked up.
 
     Raises:
         EvaluationError: there is no such grader, option, module or function, or two rewards have one name.
     """
-    rewards = tuple(_load(one, base_dir, frames) for one in settings)
+    rewards = tuple(_load(one, base_dir, frames, functions or {}) for one in settings)
     names = [reward.name for reward in rewards]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise EvaluationError(f"The reward {twice[0]!r} is given twice; give it once, with the sum of the weights.")
     return rewards
 
 
-def _load(settings: RewardSettings, base_dir: Path, frames: Frames | None) -> Reward:
-    if not is_user_function(settings.name):
+def _load(settings: RewardSettings, base_dir: Path, frames: Frames | None, functions: Mapping[str, Callable[..., Any]]) -> Reward:
+    function = functions.get(settings.name)
+    if function is None and not is_user_function(settings.name):
         grader = get_grader(settings.name, settings.options, base_dir=base_dir, frames=frames)
         return Reward(settings.name, settings.weight, settings.timeout_s, grader)
-    function = load_function(settings.name, kind="Reward", signature=SIGNATURE, base_dir=base_dir)
+    if function is None:
+        function = load_function(settings.name, kind="Reward", signature=SIGNATURE, base_dir=base_dir)
     if settings.options:
         function = functools.partial(function, **settings.options)
     return function_reward(function, name=settings.name, weight=settings.weight, timeout_s=settings.timeout_s, given=settings.options)
