@@ -11,9 +11,9 @@ from finesight.data.conversation import Conversation
 from finesight.data.sample import Sample
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.types import SamplingSettings
-from finesight.tasks.reward_types import RewardCall
 from finesight.tasks.rewards import RewardSet
-from finesight.training.rollouts import reward_labels
+from finesight.training.processes import Processes
+from finesight.training.rollouts import answers_and_rewards, reward_labels
 
 
 class HeldOutReward:
@@ -24,6 +24,7 @@ class HeldOutReward:
         rewards: what answers earn.
         prompts: encoded; conversations: their rows.
         sampling: how they are answered.
+        processes: each answers its share of the prompts.
     """
 
     criterion: Literal["eval_loss", "eval_reward"] = "eval_reward"
@@ -35,9 +36,10 @@ class HeldOutReward:
         prompts: Sequence[Sample],
         conversations: Sequence[Conversation],
         sampling: SamplingSettings,
+        processes: Processes = Processes(),
     ) -> None:
         self.sampler, self.rewards, self.prompts, self.conversations = sampler, rewards, prompts, conversations
-        self.sampling = sampling
+        self.sampling, self.processes = sampling, processes
 
     def measure(self, step: int) -> dict[str, float]:
         """`eval_reward`, the mean of each reward, and the mean length in tokens. An answer that no reward applies to is left out.
@@ -47,15 +49,8 @@ class HeldOutReward:
             ModelError: the GPU has no memory to sample.
         """
         begun = time.perf_counter()
-        completions = self.sampler.generate_samples(self.prompts, self.sampling)
-        result = self.rewards(
-            RewardCall(
-                conversations=tuple(self.conversations),
-                texts=tuple(completion.text for completion in completions),
-                completion_ids=tuple(completion.token_ids for completion in completions),
-                group=tuple(range(len(completions))),
-                step=step,
-            )
+        completions, result = answers_and_rewards(
+            self.sampler, self.rewards, self.prompts, self.conversations, self.sampling, self.processes, step=step
         )
         labels = reward_labels(self.rewards.rewards)
         known = [total for total in result.totals if total is not None]

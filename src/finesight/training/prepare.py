@@ -105,10 +105,10 @@ class Prepared:
     def schedule(self, processes: int = 1) -> Schedule:
         """The steps of the samples to train on, planned without torch and without opening an image."""
         if self.recipe.grpo is not None:
-            return self.group_schedule()
+            return self.group_schedule(processes)
         return Schedule(self.samples, processes=processes, **self._order())
 
-    def group_schedule(self) -> GroupSchedule:
+    def group_schedule(self, processes: int = 1) -> GroupSchedule:
         """The steps of reinforcement, whose samples are prompts.
 
         Raises:
@@ -118,7 +118,7 @@ class Prepared:
         if grpo is None or rollout is None:
             raise RecipeError("Steps of groups are for reinforcement: add a section grpo to the recipe.")
         sizes = GroupSizes(grpo.num_generations, rollout.max_completion_length, grpo.steps_per_generation, grpo.num_iterations)
-        return GroupSchedule(self.samples, sizes=sizes, **self._order())
+        return GroupSchedule(self.samples, sizes=sizes, processes=processes, **self._order())
 
     def _order(self) -> dict[str, Any]:
         t = self.recipe.training

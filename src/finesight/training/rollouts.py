@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from finesight.data.sample import Sample
 from finesight.grpo_settings import GRPOSettings, RolloutSettings
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.types import Completion, SamplingSettings
-from finesight.tasks.reward_types import Reward, RewardCall, RewardFailure, RewardResult
+from finesight.tasks.reward_types import Earned, Reward, RewardCall, RewardFailure, RewardResult
 from finesight.tasks.rewards import RewardSet
 from finesight.training.grpo_losses import overlong_penalty
+from finesight.training.processes import Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ class RolloutMaker:
         grpo, rollout: sections of the recipe.
         seed: of everything that is drawn.
         max_steps: of the run, told to reward functions.
+        processes: each samples its share of the prompts and asks for its rewards; all know of all.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class RolloutMaker:
         rollout: RolloutSettings,
         seed: int,
         max_steps: int | None = None,
+        processes: Processes = Processes(),
     ) -> None:
         self.sampler, self.rewards, self.prompts, self.conversations = sampler, rewards, prompts, conversations
+        self.processes = processes
         self.grpo, self.rollout, self.seed, self.max_steps = grpo, rollout, seed, max_steps
         self.labels = reward_labels(rewards.rewards)
 
@@ -126,17 +130,16 @@ class RolloutMaker:
         return Rollout(tuple(groups), figures, tuple(failures))
 
     def _groups(self, rows: Sequence[int], prompts: Sequence[Sample], at: Position, purpose: str) -> tuple[list[Group], RewardResult]:
-        completions = self.sampler.generate_samples(prompts, self._sampling(at.seed(self.seed, purpose)))
         size = self.grpo.num_generations
-        result = self.rewards(
-            RewardCall(
-                conversations=tuple(self.conversations[row] for row in rows for _ in range(size)),
-                texts=tuple(completion.text for completion in completions),
-                completion_ids=tuple(completion.token_ids for completion in completions),
-                group=tuple(number for number in range(len(rows)) for _ in range(size)),
-                step=at.step,
-                max_steps=self.max_steps,
-            )
+        completions, result = answers_and_rewards(
+            self.sampler,
+            self.rewards,
+            prompts,
+            [self.conversations[row] for row in rows],
+            self._sampling(at.seed(self.seed, purpose)),
+            self.processes,
+            step=at.step,
+            max_steps=self.max_steps,
         )
         totals = self._penalised(result.totals, completions)
         cuts = [slice(number * size, (number + 1) * size) for number in range(len(rows))]
@@ -184,6 +187,41 @@ class RolloutMaker:
             with_image, without = (_mean([value for group in side for value in of(group)]) for side in (seen, blind))
             found |= {f"image_ablation/{name}/with_image": with_image, f"image_ablation/{name}/without_image": without}
         return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def answers_and_rewards(
+    sampler: ForkingSampler,
+    rewards: RewardSet,
+    prompts: Sequence[Sample],
+    conversations: Sequence[Conversation],
+    sampling: SamplingSettings,
+    processes: Processes,
+    *,
+    step: int,
+    max_steps: int | None = None,
+) -> tuple[list[Completion], RewardResult]:
+    """`num_generations` completions of each prompt, in the prompts' order, and what they earn.
+
+    Each process samples the completions of its share of the prompts and asks for their rewards; all learn of all. What is
+    drawn depends on the place among all prompts, and so not on the number of processes.
+
+    Args:
+        prompts: encoded; conversations: their rows.
+        step: optimizer steps done; max_steps: of the run. For reward functions.
+    """
+    share, size = processes.share(len(prompts)), sampling.num_generations
+    own = sampler.generate_samples(prompts[share], replace(sampling, first_place=share.start))
+    call = RewardCall(
+        conversations=tuple(conversation for conversation in conversations[share] for _ in range(size)),
+        texts=tuple(completion.text for completion in own),
+        completion_ids=tuple(completion.token_ids for completion in own),
+        group=tuple(number for number in range(share.start, share.stop) for _ in range(size)),
+        step=step,
+        max_steps=max_steps,
+    )
+    found = processes.exchange((own, rewards.earned(call)))
+    group = [number for number in range(len(prompts)) for _ in range(size)]
+    return [completion for part, _ in found for completion in part], rewards.result(Earned.joined([part for _, part in found]), group)
 
 
 def reward_labels(rewards: Sequence[Reward]) -> dict[str, str]:

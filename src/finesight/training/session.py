@@ -48,6 +48,7 @@ from finesight.training.optimizer import StepOptimizer
 from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
+from finesight.training.processes import Processes
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.rollouts import RolloutMaker
 from finesight.training.run_report import write_run_report
@@ -102,8 +103,6 @@ def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | N
             "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
             "on one GPU"
         )
-    if recipe.grpo is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("grpo trains on a single GPU so far: start it without torchrun, as one process")
     # Rows without images leave the tower's parameters without gradients.
     tower_trains = recipe.tuning.finetune_vision_layers or recipe.tuning.finetune_merger
     # Buffers (scales of quantised weights, rotary frequencies) are constants, the same in every process.
@@ -180,7 +179,7 @@ class Session:
         grpo, rollout = self.recipe.grpo, self.recipe.rollout
         if grpo is None or rollout is None:
             return SupervisedFineTuning()
-        return GRPO(grpo, rollout.max_completion_length)
+        return GRPO(grpo, rollout.max_completion_length, gather=lambda own: self.accelerator.gather(own[None]))
 
     def _compile_layers(self) -> bool:
         """Whether layers are compiled: as the recipe says, or where it pays."""
@@ -322,7 +321,12 @@ class Session:
         if self.prepared.held_out and self.recipe.training.eval_strategy != "no":
             if self.recipe.grpo is not None:
                 validation = HeldOutReward(
-                    sampler, rewards, self.prepared.held_out, self.prepared.held_out_conversations, self._answer_sampling()
+                    sampler,
+                    rewards,
+                    self.prepared.held_out,
+                    self.prepared.held_out_conversations,
+                    self._answer_sampling(),
+                    Processes.of(self.accelerator),
                 )
             else:
                 validation = self._held_out_loss(processes, sampler, telemetry)
@@ -377,9 +381,12 @@ class Session:
             rollout=rollout,
             seed=data_seed(self.recipe),
             max_steps=self.plan.total_steps,
+            processes=Processes.of(self.accelerator),
         )
-        watcher = RolloutLog(self.output_dir, prepared.conversations, telemetry)
-        return RolloutSource(feed, prepared.group_schedule(), maker, self.packed, watcher)
+        schedule = prepared.group_schedule(self.accelerator.num_processes)
+        if not self.accelerator.is_main_process:  # all know of every rollout; one writes
+            return RolloutSource(feed, schedule, maker, self.packed)
+        return RolloutSource(feed, schedule, maker, self.packed, RolloutLog(self.output_dir, prepared.conversations, telemetry))
 
     def _finish(self, state: TrainerState, reason: StopReason, telemetry: Telemetry, saver: RunSaver) -> RunResult:
         name = weights_folder(self.model)
