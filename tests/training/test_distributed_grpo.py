@@ -49,7 +49,7 @@ def cases(checkpoint, rows, tmp_path_factory):
             data={"eval_split": "last 3"},
             grpo={"num_generations": 4, **kinds[kind]},
             rollout={"max_completion_length": 10},
-            rewards=[f"{folder / 'own.py'}:some_rows", {"name": f"{folder / 'own.py'}:fails", "weight": 0.1}],
+            rewards=[f"{folder / 'own.py'}:some_rows", {"name": f"{folder / 'own.py'}:fails", "weight": 0}],
             training={
                 "train_batch_size": 12 if kind == "replaced" else 4, "num_train_epochs": 9, "max_steps": 3 if kind == "replaced" else 4, "save_strategy": "no", "token_budget": 160,
                 "adam_epsilon": 1.0, "learning_rate": 0.2, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 2,
