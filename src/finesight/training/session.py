@@ -313,7 +313,14 @@ class Session:
             "stored": None if self.kept is None else self.kept.stored,
             "patch_dtype": patch_dtype(self.packed.base.model.visual),
         }
-        sampler = ForkingSampler(self.packed, self.prepared.processor, image_first=self.recipe.data.image_first)
+        sampler = ForkingSampler(
+            self.packed,
+            self.prepared.processor,
+            image_first=self.recipe.data.image_first,
+            # A few sample answers would not repay it; rollouts, which take most of a step, do wherever compiled updates do.
+            compile_layers=self.steady_tokens is not None and self.recipe.grpo is not None,
+            say=self._say,
+        )
         rewards = RewardSet(self.prepared.rewards)
         feed = self.prepared.feed(**processes)
         source: StepSource = feed if self.recipe.grpo is None else self._rollout_source(feed, sampler, rewards, telemetry)
