@@ -62,7 +62,8 @@ def write_run(folder: Path, *, steps: int, generations: int = 3) -> Path:
         for step in range(steps):
             completions = tuple(Completion(f"answer {step}.{n} {HOSTILE}", (5, 6), "length", (-1.0, -2.0)) for n in range(generations))
             values = {name: (None, *(float(n) for n in range(1, generations))) for name in names}
-            groups = tuple(Group(row, completions, values, (None, *range(1, generations))) for row in range(3))
+            failures = {0: f"right: ValueError {HOSTILE}"}
+            groups = tuple(Group(row, completions, values, (None, *range(1, generations)), failures) for row in range(3))
             log(Position(0, step, step), Rollout(groups), [[0.0, -1.0, *[0.5] * (generations - 2)]] * 3)
             figures = {"reward": 1.5, "entropy": 2.0, "frac_reward_zero_std": 0.0}
             figures |= {f"rewards/{name}/{kind}": 0.5 for name in names for kind in ("mean", "saturation")}
@@ -86,6 +87,7 @@ def test_completions_stand_with_pictures_and_rewards(tmp_path):
         "rows.jsonl, row 2",
         FORMULA,
         "3 times a reward failed",
+        "failed: right: ValueError",
     ):
         assert shown in page.text, shown
     assert "answer 0.8" not in page.text and "The first 8 of 10 completions are shown" in page.text

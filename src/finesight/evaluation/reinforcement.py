@@ -46,6 +46,7 @@ class ShownCompletion:
     advantage: float
     tokens: int
     cut_off: bool  # by the length limit
+    failures: str | None = None  # rewards that failed, and why
 
 
 @dataclass(frozen=True)
@@ -186,4 +187,5 @@ def _completion(row: Mapping[str, Any]) -> ShownCompletion:
         advantage=row["advantage"],
         tokens=row["tokens"],
         cut_off=row["finish_reason"] == "length",
+        failures=row.get("failures"),
     )

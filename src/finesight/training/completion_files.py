@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class RolloutLog:
             CheckpointError: the disk refuses.
         """
         step = at.step + 1
-        if rollout.failures:
-            self._tell(step, rollout.failures)
+        tell_failures(self.telemetry, step, rollout.failures)
+        _tell_ablation(self.telemetry, step, rollout.figures)
         path = self.folder / f"step-{step:06d}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +57,17 @@ class RolloutLog:
 
     def _table(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> pyarrow.Table:
         table = pyarrow.Table.from_pylist(self._records(step, rollout, advantages))
-        # A rollout of text alone must not make a column without a type.
-        for name, kind in (("images", pyarrow.string()), ("thumbnails", pyarrow.binary())):
-            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pyarrow.list_(kind)))
+        # A column that holds nothing in one rollout must have the type that it has in the others.
+        kinds = {"images": pyarrow.list_(pyarrow.string()), "thumbnails": pyarrow.list_(pyarrow.binary()), "failures": pyarrow.string()}
+        kinds |= {name: pyarrow.string() for name in table.column_names if name.startswith("extra_")}
+        kinds |= {name: pyarrow.float64() for name in table.column_names if name.startswith("reward")}
+        for name, kind in kinds.items():
+            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
         return table
 
     def _records(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         records = []
+        extra = dict.fromkeys(name for group in rollout.groups for name in group.extra)
         for number, (group, values) in enumerate(zip(rollout.groups, advantages, strict=True)):
             conversation = self.conversations[group.row]
             prompt = conversation.prompt()
@@ -84,18 +89,37 @@ class RolloutLog:
                         **{f"reward_{name}": _number(rewards[place]) for name, rewards in group.values.items()},
                         "reward": _number(group.totals[place]),
                         "advantage": advantage,
+                        "failures": group.failures.get(place),
+                        **{f"extra_{name}": _text(group.extra[name][place]) if name in group.extra else None for name in extra},
                     }
                 )
         return records
 
-    def _tell(self, step: int, failures: Sequence[RewardFailure]) -> None:
-        first = [str(failure) for failure in failures[:_SHOWN_FAILURES]]
-        more = f"; and {len(failures) - len(first)} more" if len(failures) > len(first) else ""
-        self.telemetry.event(
-            step,
-            "reward_failed",
-            {"count": len(failures), "failures": first},
-            f"{counted(len(failures), 'reward')} failed and count as not given: {'; '.join(first)}{more}",
+
+def tell_failures(telemetry: Telemetry, step: int, failures: Sequence[RewardFailure], *, where: str = "") -> None:
+    """Tells of rewards that failed, the first ones with their rows and reasons; nothing where none did.
+
+    Args:
+        where: other than in training, for people: "of held-out prompts".
+    """
+    if not failures:
+        return
+    first = [str(failure) for failure in failures[:_SHOWN_FAILURES]]
+    more = f"; and {len(failures) - len(first)} more" if len(failures) > len(first) else ""
+    telemetry.event(
+        step,
+        "reward_failed",
+        {"count": len(failures), "failures": first},
+        f"{counted(len(failures), 'reward')} {where}{' ' if where else ''}failed and count as not given: {'; '.join(first)}{more}",
+    )
+
+
+def _tell_ablation(telemetry: Telemetry, step: int, figures: Mapping[str, float]) -> None:
+    """Says what is earned without looking, where that was measured."""
+    seen, blind = (figures.get(f"image_ablation/reward/{side}") for side in ("with_image", "without_image"))
+    if seen is not None and blind is not None:
+        telemetry.message(
+            f"step {step}: reward {seen:.3f} with images, {blind:.3f} with images blanked: that much is earned without looking"
         )
 
 
@@ -108,6 +132,11 @@ def _thumbnails(prompt: Conversation) -> list[bytes | None]:
         except MediaError:
             found.append(None)
     return found
+
+
+def _text(value: Any) -> str | None:
+    """What a function logged may be anything, and of another kind each time."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _number(value: float | None) -> float | None:

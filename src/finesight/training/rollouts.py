@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ class Group:
     completions: tuple[Completion, ...]
     values: dict[str, tuple[float | None, ...]]  # of each reward by its label, (G,)
     totals: tuple[float | None, ...]  # (G,) weighted sums, the penalty for length taken off; None where no reward applied
+    failures: Mapping[int, str] = field(default_factory=dict)  # of completions, by their number in the group: which rewards failed, and why
+    extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # columns that reward functions logged, (G,)
 
     @property
     def is_constant(self) -> bool:
@@ -111,7 +114,9 @@ class RolloutMaker:
         figures = {**completion_figures(groups, self.rollout.max_completion_length), **reward_figures(result, groups, self.labels)}
         failures = list(result.failures)
         if ablate:
-            figures |= self._without_images(rows, groups, at)
+            blind_figures, blind_failures = self._without_images(rows, groups, at)
+            figures |= blind_figures
+            failures += blind_failures
         rounds = replaced = 0
         while rounds < self.grpo.max_resampling_rounds and (constant := [i for i, group in enumerate(groups) if group.is_constant]):
             others = self._other_rows(len(constant), {group.row for group in groups}, at, rounds)
@@ -144,7 +149,14 @@ class RolloutMaker:
         totals = self._penalised(result.totals, completions)
         cuts = [slice(number * size, (number + 1) * size) for number in range(len(rows))]
         groups = [
-            Group(row, tuple(completions[cut]), {self.labels[name]: values[cut] for name, values in result.values.items()}, totals[cut])
+            Group(
+                row,
+                tuple(completions[cut]),
+                {self.labels[name]: values[cut] for name, values in result.values.items()},
+                totals[cut],
+                _failures_of(result.failures, cut),
+                {name: values[cut] for name, values in result.extra.items()},
+            )
             for row, cut in zip(rows, cuts, strict=True)
         ]
         return groups, result
@@ -175,18 +187,20 @@ class RolloutMaker:
         chosen = np.random.default_rng(at.seed(self.seed, f"other prompts {number}")).permutation(len(left))[:count]
         return [left[place] for place in chosen]
 
-    def _without_images(self, rows: Sequence[int], groups: Sequence[Group], at: Position) -> dict[str, float]:
+    def _without_images(
+        self, rows: Sequence[int], groups: Sequence[Group], at: Position
+    ) -> tuple[dict[str, float], tuple[RewardFailure, ...]]:
         """What is earned by answers to the same prompts with grey pictures, judged as if the pictures had been seen."""
         places = [place for place, row in enumerate(rows) if self.prompts[row].visual_items]
         if not places:
-            return {}
+            return {}, ()
         seen = [groups[place] for place in places]
-        blind, _ = self._groups([rows[p] for p in places], [blanked(self.prompts[rows[p]]) for p in places], at, "images blanked")
+        blind, result = self._groups([rows[p] for p in places], [blanked(self.prompts[rows[p]]) for p in places], at, "images blanked")
         found: dict[str, float] = {}
         for name, of in [("reward", lambda group: group.totals), *((f"rewards/{n}", _value_of(n)) for n in seen[0].values)]:
             with_image, without = (_mean([value for group in side for value in of(group)]) for side in (seen, blind))
             found |= {f"image_ablation/{name}/with_image": with_image, f"image_ablation/{name}/without_image": without}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return {name: value for name, value in found.items() if math.isfinite(value)}, result.failures
 
 
 def answers_and_rewards(
@@ -230,6 +244,15 @@ def reward_labels(rewards: Sequence[Reward]) -> dict[str, str]:
     return {reward.name: label if short.count(label) == 1 else reward.name for reward, label in zip(rewards, short, strict=True)}
 
 
+def _failures_of(failures: Sequence[RewardFailure], cut: slice) -> dict[int, str]:
+    """The failures of one group's completions, in words, by their number in the group."""
+    found: dict[int, list[str]] = {}
+    for failure in failures:
+        if cut.start <= failure.index < cut.stop:
+            found.setdefault(failure.index - cut.start, []).append(f"{failure.reward}: {failure.message}")
+    return {number: "; ".join(words) for number, words in found.items()}
+
+
 def _value_of(name: str) -> Callable[[Group], tuple[float | None, ...]]:
     return lambda group: group.values[name]
 
@@ -269,5 +292,6 @@ def reward_figures(result: RewardResult, groups: Sequence[Group], labels: Mappin
             f"{prefix}/failed": float(statistics.failed),
             f"{prefix}/seconds": statistics.seconds,
         }
-    found |= {name: _mean(values) for name, values in result.metrics.items()}
+    # What functions log goes by the name that they give it, unless a figure of the run has it.
+    found |= {name if name not in found else f"logged/{name}": _mean(values) for name, values in result.metrics.items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}

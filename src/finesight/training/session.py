@@ -334,6 +334,7 @@ class Session:
                     self.prepared.held_out_conversations,
                     self._answer_sampling(),
                     Processes.of(self.accelerator),
+                    telemetry,
                 )
             else:
                 validation = self._held_out_loss(processes, sampler, telemetry)
