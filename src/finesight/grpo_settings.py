@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finesight.settings import Settings
 
@@ -92,7 +92,18 @@ class RolloutSettings(Settings):
 
     max_completion_length: int = Field(256, ge=1, description="Most tokens of a completion, the end-of-turn token included.")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling; log-probabilities are those under it.")
+    stop: list[str] = Field(
+        default_factory=list, description="Texts before the first of which a completion ends; its rewards do not see them."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Only the most likely tokens that together have this probability.")
     top_k: int = Field(0, ge=0, description="Only this many most likely tokens; 0: all.")
     min_p: float = Field(0.0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest.")
     batch_size: int = Field(64, ge=1, description="Completions sampled side by side; a matter of memory and speed only.")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_texts(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and "" in texts:
+            raise ValueError("an empty text would end every completion before its first token; remove it")
+        return texts

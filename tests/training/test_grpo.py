@@ -204,6 +204,14 @@ def test_groups_that_teach_nothing_are_replaced(recipe_of, tmp_path):
         assert len({(row["group"], row["row"]) for row in table}) == 3 and sum(len(group) > 1 for group in rewards) >= 2
 
 
+def test_stop_texts_end_completions(recipe_of, tmp_path):
+    result = run(recipe_of(tmp_path / "run", rollout={"stop": "e", "max_completion_length": 30}, training={"max_steps": 1}))
+    (line,) = steps_of(result)
+    table = parquet.read_table(result.output_dir / "completions" / "step-000001.parquet").to_pylist()
+    assert any(row["finish_reason"] == "stop" for row in table) and not any("e" in row["completion"] for row in table)
+    assert line["sampling/sampling_logp_difference/max"] < 1e-5  # of what was drawn, the token with the text included
+
+
 def test_what_is_cut_off_can_be_left_out_and_penalised(recipe_of, tmp_path):
     """All completions of three tokens: each is cut off, none counts, and each earns the whole penalty less."""
     grpo = {"mask_truncated_completions": True, "overlong_buffer": 2, "overlong_penalty": 0.5}
@@ -324,6 +332,7 @@ def test_sampling_is_planned_for(recipe_of, tmp_path):
             "leaves no room for a prompt",
         ),
         ({"rollout": {"temperature": 0}}, "rollout.temperature"),
+        ({"rollout": {"stop": ["a", ""]}}, "an empty text"),
         ({"rollout": {"max_new_tokens": 5}}, "write rollout.max_completion_length"),
     ],
 )

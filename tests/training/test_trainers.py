@@ -200,6 +200,11 @@ def test_wrong_arguments_say_what_to_change(arguments, message):
         GRPOTrainer("model", **arguments)
 
 
+def test_a_model_of_another_library_is_refused():
+    with pytest.raises(RecipeError, match=r"model is a object; give the folder or name of a checkpoint, or what finesight.load"):
+        GRPOTrainer(object(), "json")
+
+
 def test_a_function_that_asks_for_a_missing_column_is_refused(checkpoint, tmp_path):
     def asks(completions, solutoin):
         return [0.0] * len(completions)

@@ -169,6 +169,7 @@ class RolloutMaker:
             top_p=r.top_p,
             top_k=r.top_k,
             min_p=r.min_p,
+            stop=tuple(r.stop),
             batch_size=r.batch_size,
             num_generations=self.grpo.num_generations,
             seed=seed,

@@ -373,6 +373,7 @@ class Session:
         return SamplingSettings(
             max_completion_length=evaluation.max_completion_length if rollout is None else rollout.max_completion_length,
             temperature=evaluation.temperature,
+            stop=() if rollout is None else tuple(rollout.stop),
             batch_size=evaluation.batch_size if rollout is None else rollout.batch_size,
         )
 

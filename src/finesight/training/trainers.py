@@ -65,6 +65,10 @@ class SFTTrainer:
         console: Console | None = None,
         **settings: Any,
     ) -> None:
+        if model is not None and not isinstance(model, (str, Path, LoadedModel)):
+            raise RecipeError(
+                f"{self._name}: model is a {type(model).__name__}; give the folder or name of a checkpoint, or what finesight.load(…) gave for it"
+            )
         self.loaded = model if isinstance(model, LoadedModel) else None
         if processor is not None:
             if self.loaded is None or not isinstance(processor, Processor):
