@@ -6,7 +6,7 @@ import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file
 
-from finesight.training.processes import Processes
+from finesight.training.rollout_shares import Processes
 from finesight.training.run import train
 from finesight.training.telemetry import read_metrics
 from tiny_runs import tiny_recipe

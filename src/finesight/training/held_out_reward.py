@@ -13,7 +13,7 @@ from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.types import SamplingSettings
 from finesight.tasks.rewards import RewardSet
 from finesight.training.completion_files import tell_failures
-from finesight.training.processes import Processes
+from finesight.training.rollout_shares import Processes
 from finesight.training.rollouts import answers_and_rewards, reward_labels
 from finesight.training.telemetry import Telemetry
 

@@ -24,7 +24,7 @@ from finesight.sampling.types import Completion, SamplingSettings
 from finesight.tasks.reward_types import Earned, Reward, RewardCall, RewardFailure, RewardResult
 from finesight.tasks.rewards import RewardSet
 from finesight.training.grpo_losses import overlong_penalty
-from finesight.training.processes import Processes
+from finesight.training.rollout_shares import Processes
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ from finesight.training.optimizer import StepOptimizer
 from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
-from finesight.training.processes import Processes
+from finesight.training.rollout_shares import Processes
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.rollouts import RolloutMaker
 from finesight.training.run_report import write_run_report
