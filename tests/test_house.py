@@ -40,6 +40,7 @@ TORCH_FREE = (
     "data.conversation", "data.formats", "data.media", "data.video", "data.processor", "data.rendering", "data.visual", "data.encode",
     "data.sample", "data.split", "data.pack", "data.steps", "data.groups", "data.audit",
     "tasks.graders", "tasks.metrics", "tasks.rewards", "models.adapter_metadata", "models.tuning_notes", "training.telemetry", "training.prepare", "training.run_sizes", "training.run_folder",
+    "training.run_report", "evaluation.plots", "evaluation.pictures", "evaluation.reinforcement", "evaluation.report",
     "cli", "cli.app", "cli.check", "cli.flags", "cli.init", "cli.options", "cli.plan", "cli.preview", "cli.reference", "cli.runs", "cli.version",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "sklearn")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finesight.settings import Settings
 
@@ -93,6 +93,9 @@ class RolloutSettings(Settings):
 
     max_completion_length: int = Field(256, ge=1, description="Most tokens of a completion, the end-of-turn token included.")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling; log-probabilities are those under it.")
+    stop: list[str] = Field(
+        default_factory=list, description="Texts before the first of which a completion ends; its rewards do not see them."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Only the most likely tokens that together have this probability.")
     top_k: int = Field(0, ge=0, description="Only this many most likely tokens; 0: all.")
     min_p: float = Field(0.0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest.")
@@ -118,6 +121,8 @@ class RolloutSettings(Settings):
             if given := [name for name in ("url", "model") if getattr(self, name) is not None]:
                 raise ValueError(f"{' and '.join(given)} are for an engine of its own: set engine: vllm, or remove them")
             return self
+        if self.stop:
+            raise ValueError("stop is for the built-in engine: texts are cut there token by token; remove it, or set engine: builtin")
         if self.url is None:
             raise ValueError("engine: vllm needs url, the address of a running server, for example http://127.0.0.1:8000")
         parts = urlsplit(self.url)
@@ -126,3 +131,11 @@ class RolloutSettings(Settings):
         if parts.username or parts.password:
             raise ValueError("url holds a password, which would be kept with the run; set the environment variable that api_key_env names")
         return self
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_texts(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and "" in texts:
+            raise ValueError("an empty text would end every completion before its first token; remove it")
+        return texts

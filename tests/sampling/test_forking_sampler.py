@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_inductor_cache
 
 from finesight.data.batch import build_batch
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
@@ -292,3 +294,15 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_family_table_is_complete():
     assert set(FAMILIES) == set(TABLE)
+
+
+def test_layers_that_cannot_be_compiled_are_told_of_once(loaded):
+    """Without a C++ compiler, and over several calls, each of which has a decoder of its own, as in a run of reinforcement."""
+    prompt = Conversation((Turn("user", (Part("text", text="read the number"),)),), RowSource("test", 0))
+    packed, told = PackedModel(copy.deepcopy(loaded.model)), []
+    (expected,) = ForkingSampler(packed, loaded.processor).generate([prompt], GREEDY)
+    sampler = ForkingSampler(packed, loaded.processor, compile_layers=True, say=told.append)
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}), fresh_inductor_cache():
+        answers = [sampler.generate([prompt], GREEDY)[0] for _ in range(2)]
+    assert [answer.token_ids for answer in answers] == [expected.token_ids] * 2
+    assert len(told) == 2 and all("Layers run uncompiled" in text for text in told)  # what lies before attention, and what follows

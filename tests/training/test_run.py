@@ -21,8 +21,9 @@ from finesight.models.load import load
 from finesight.recipe import TuningSettings
 from finesight.recipe_files import load_recipe
 from finesight.training.checkpoint import verify_checkpoint
-from finesight.training.run import SFTTrainer, train
+from finesight.training.run import train
 from finesight.training.telemetry import read_metrics
+from finesight.training.trainers import SFTTrainer
 from tiny import tiny_checkpoint
 from tiny_runs import MAX_PIXELS, MIN_PIXELS, tiny_recipe, write_rows
 

@@ -27,6 +27,7 @@ from finesight.recipe_files import dump_recipe
 from finesight.tasks.graders import GRADERS, check_graders
 from finesight.tasks.task import Task, load_task
 from finesight.training.prepare import prepare
+from finesight.training.run_report import reinforcement_of
 from finesight.training.telemetry import METRICS
 
 REPORT = "report.html"
@@ -89,6 +90,7 @@ def evaluate_recipe(
         tasks=tasks,
         title=f"{recipe.model.name_or_path}: {'before and after' if earlier else 'evaluation'}",
         recipe=dump_recipe(recipe),
+        reinforcement=reinforcement_of(run) if trained is not None else None,
         metrics=metrics if trained is not None and metrics.is_file() else None,
         notes=[f"Judged: {trained}" if trained is not None else "Judged: the base alone"],
     )

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from finesight.data.batch import PackedBatch
 from finesight.errors import ModelError
-from finesight.models.compilation import CompiledFunction
 from finesight.models.packed import PackedModel, attention_inputs, finish_layer
 
 BLOCK_TOKENS = 32
@@ -130,8 +129,8 @@ class Decoder:
         self, packed: PackedModel, pool: KeyValuePool, *, compile_layers: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.packed, self.pool = packed, pool
-        self._inputs: Callable[..., Any] = CompiledFunction(attention_inputs, say) if compile_layers else attention_inputs
-        self._finish: Callable[..., Any] = CompiledFunction(finish_layer, say) if compile_layers else finish_layer
+        functions: tuple[Callable[..., Any], Callable[..., Any]] = (attention_inputs, finish_layer)
+        self._inputs, self._finish = packed.compiled_for_decoding(say) if compile_layers else functions
 
     def prefill(self, batch: PackedBatch, slots: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) after the tokens that the batch's targets are predicted from.

@@ -77,6 +77,7 @@ class PackedModel(nn.Module):
         self.feature_cache: FeatureCache | None = None  # kept features of a frozen tower; set by whoever owns the budget
         self._offload = Offload()
         self._run_layer, self._run_last, self._run_block = self._layer_functions(compile_layers, mlp_chunk_tokens, say)
+        self._decoding: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def _layer_functions(self, compiled: bool, mlp_chunk_tokens: int | None, say: Callable[[str], None]) -> tuple[_Function, ...]:
         """How a decoder layer, the last of them (never compiled: its shapes differ) and a tower block are computed."""
@@ -95,6 +96,17 @@ class PackedModel(nn.Module):
         mlp = in_chunks(CompiledFunction(run_mlp, say), mlp_chunk_tokens) if compiled else last_mlp
         run = partial(_run_halves, prepared(run_layer), mix, mlp)
         return run, partial(_run_halves, run_layer, run_attention, last_mlp), prepared(run_block)
+
+    def compiled_for_decoding(self, say: Callable[[str], None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What lies before and after attention in a layer, compiled; the same at each call, so that every decoder of a run
+        finds what the first one compiled, or that it could not be.
+
+        Args:
+            say: is told, once, if it cannot be.
+        """
+        if self._decoding is None:
+            self._decoding = CompiledFunction(attention_inputs, say), CompiledFunction(finish_layer, say)
+        return self._decoding
 
     @property
     def base(self) -> PreTrainedModel:

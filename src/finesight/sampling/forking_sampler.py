@@ -121,7 +121,7 @@ class _Run:
             left[place] -= 1
 
         for place, sample in enumerate(self.samples):
-            self.engine.submit(Request(sample, self.settings, place=place, on_end=partial(end, place)))
+            self.engine.submit(Request(sample, self.settings, place=self.settings.first_place + place, on_end=partial(end, place)))
         while len(self.done) < self.num_answers:
             self.engine.step()
             if on_progress is not None and (finished := left.count(0)) > told:

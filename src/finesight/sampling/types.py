@@ -31,6 +31,7 @@ class SamplingSettings:
     seed: int = 0  # of the draws; answers depend on it and on the place of the prompt, not on the batch
     batch_size: int = 8  # answers drawn side by side
     num_generations: int = 1  # answers to each prompt
+    first_place: int = 0  # place of the first prompt, where the prompts are a part of more
 
     def __post_init__(self) -> None:
         ranges = {

@@ -156,7 +156,7 @@ class VllmSampler:
             raise EngineError("Stop texts are not sent to rollout.engine: vllm.")
         workers = max(1, settings.batch_size // settings.num_generations)
         with ThreadPoolExecutor(workers, thread_name_prefix="finesight-vllm") as pool:
-            futures = [pool.submit(self._answers, sample, settings, place) for place, sample in enumerate(samples)]
+            futures = [pool.submit(self._answers, sample, settings, settings.first_place + place) for place, sample in enumerate(samples)]
             try:
                 for done, future in enumerate(as_completed(futures), start=1):
                     future.result()

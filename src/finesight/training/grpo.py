@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -26,6 +27,10 @@ _MEANS = (
 )
 
 
+def _alone(own: torch.Tensor) -> torch.Tensor:
+    return own[None]
+
+
 class GRPO:
     """The policy loss of a step's completions.
 
@@ -33,10 +38,19 @@ class GRPO:
         settings: the grpo section of the recipe.
         max_completion_length: most tokens of a completion.
         corrects_sampler: another engine sampled: truncated importance weights correct its log-probabilities.
+        gather: (K,) of each process -> (processes, K).
     """
 
-    def __init__(self, settings: GRPOSettings, max_completion_length: int, *, corrects_sampler: bool = False) -> None:
-        self.settings, self.max_completion_length, self.corrects_sampler = settings, max_completion_length, corrects_sampler
+    def __init__(
+        self,
+        settings: GRPOSettings,
+        max_completion_length: int,
+        *,
+        corrects_sampler: bool = False,
+        gather: Callable[[torch.Tensor], torch.Tensor] = _alone,
+    ) -> None:
+        self.settings, self.max_completion_length = settings, max_completion_length
+        self.corrects_sampler, self.gather = corrects_sampler, gather
         self._sums: list[torch.Tensor] = []
         self._largest: list[torch.Tensor] = []
 
@@ -87,10 +101,12 @@ class GRPO:
         return result.loss
 
     def figures(self) -> dict[str, float]:
-        """Means over the records of the step that count; waits for the device."""
+        """Means over the records of the step that count, of all processes; waits for the device."""
         if not self._sums:
             return {}
-        tokens, *sums, largest = torch.cat([torch.stack(self._sums).sum(0), torch.stack(self._largest).max().float()[None]]).tolist()
+        own = torch.cat([torch.stack(self._sums).sum(0), torch.stack(self._largest).max().float()[None]])
+        everywhere = self.gather(own)
+        tokens, *sums, largest = torch.cat([everywhere[:, :-1].sum(0), everywhere[:, -1:].max(0).values]).tolist()
         found = {name: value / max(tokens, 1.0) for name, value in zip(_MEANS, sums, strict=True)}
         found["clip_ratio/region_mean"] = found["clip_ratio/low_mean"] + found["clip_ratio/high_mean"]
         found["sampling/sampling_logp_difference/max"] = largest

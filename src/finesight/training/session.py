@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from finesight.allocator import use_expandable_segments
 from finesight.data.feed import Feed
 from finesight.data.processor import Processor
-from finesight.errors import ModelError, RecipeError
+from finesight.errors import FinesightError, ModelError, RecipeError
 from finesight.models.adapter_metadata import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
@@ -49,8 +49,10 @@ from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
 from finesight.training.rollout_engine import rollout_engine
+from finesight.training.rollout_shares import Processes
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.rollouts import RolloutMaker
+from finesight.training.run_report import write_run_report
 from finesight.training.saving import RunSaver
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.state import TrainerState, data_fingerprint
@@ -102,8 +104,6 @@ def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | N
             "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
             "on one GPU"
         )
-    if recipe.grpo is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("grpo trains on a single GPU so far: start it without torchrun, as one process")
     # Rows without images leave the tower's parameters without gradients.
     tower_trains = recipe.tuning.finetune_vision_layers or recipe.tuning.finetune_merger
     # Buffers (scales of quantised weights, rotary frequencies) are constants, the same in every process.
@@ -182,7 +182,12 @@ class Session:
         grpo, rollout = self.recipe.grpo, self.recipe.rollout
         if grpo is None or rollout is None:
             return SupervisedFineTuning()
-        return GRPO(grpo, rollout.max_completion_length, corrects_sampler=rollout.engine != "builtin")
+        return GRPO(
+            grpo,
+            rollout.max_completion_length,
+            corrects_sampler=rollout.engine != "builtin",
+            gather=lambda own: self.accelerator.gather(own[None]),
+        )
 
     def _compile_layers(self) -> bool:
         """Whether layers are compiled: as the recipe says, or where it pays."""
@@ -319,7 +324,14 @@ class Session:
             "stored": None if self.kept is None else self.kept.stored,
             "patch_dtype": patch_dtype(self.packed.base.model.visual),
         }
-        sampler = ForkingSampler(self.packed, self.prepared.processor, image_first=self.recipe.data.image_first)
+        sampler = ForkingSampler(
+            self.packed,
+            self.prepared.processor,
+            image_first=self.recipe.data.image_first,
+            # A few sample answers would not repay it; rollouts, which take most of a step, do wherever compiled updates do.
+            compile_layers=self.steady_tokens is not None and self.recipe.grpo is not None,
+            say=self._say,
+        )
         rewards = RewardSet(self.prepared.rewards)
         feed = self.prepared.feed(**processes)
         source: StepSource = feed if self.recipe.grpo is None else self._rollout_source(feed, sampler, rewards, telemetry)
@@ -327,7 +339,13 @@ class Session:
         if self.prepared.held_out and self.recipe.training.eval_strategy != "no":
             if self.recipe.grpo is not None:
                 validation = HeldOutReward(
-                    sampler, rewards, self.prepared.held_out, self.prepared.held_out_conversations, self._answer_sampling()
+                    sampler,
+                    rewards,
+                    self.prepared.held_out,
+                    self.prepared.held_out_conversations,
+                    self._answer_sampling(),
+                    Processes.of(self.accelerator),
+                    telemetry,
                 )
             else:
                 validation = self._held_out_loss(processes, sampler, telemetry)
@@ -366,6 +384,7 @@ class Session:
         return SamplingSettings(
             max_completion_length=evaluation.max_completion_length if rollout is None else rollout.max_completion_length,
             temperature=evaluation.temperature,
+            stop=() if rollout is None else tuple(rollout.stop),
             batch_size=evaluation.batch_size if rollout is None else rollout.batch_size,
         )
 
@@ -382,9 +401,12 @@ class Session:
             rollout=rollout,
             seed=data_seed(self.recipe),
             max_steps=self.plan.total_steps,
+            processes=Processes.of(self.accelerator),
         )
-        watcher = RolloutLog(self.output_dir, prepared.conversations, telemetry)
-        return RolloutSource(feed, prepared.group_schedule(), maker, self.packed, watcher)
+        schedule = prepared.group_schedule(self.accelerator.num_processes)
+        if not self.accelerator.is_main_process:  # all know of every rollout; one writes
+            return RolloutSource(feed, schedule, maker, self.packed)
+        return RolloutSource(feed, schedule, maker, self.packed, RolloutLog(self.output_dir, prepared.conversations, telemetry))
 
     def _finish(self, state: TrainerState, reason: StopReason, telemetry: Telemetry, saver: RunSaver) -> RunResult:
         name = weights_folder(self.model)
@@ -404,6 +426,7 @@ class Session:
             self.kept = self.packed.feature_cache = None
         if self.accelerator.is_main_process:
             self._write_run(state, reason)
+            self._write_report()
         if self.recipe.training.report_to:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
@@ -426,6 +449,18 @@ class Session:
     def _fill(self, folder: Path) -> None:
         save_weights(self.model, folder, self.metadata, self.prepared.processor)
         (folder / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
+
+    def _write_report(self) -> None:
+        """Of reinforcement: curves and completions. What goes wrong with it is told and costs the run nothing."""
+        if self.recipe.grpo is None:
+            return
+        try:
+            path = write_run_report(self.output_dir)
+        except (FinesightError, OSError) as error:
+            self._say(f"Note: the report of the run could not be written: {error}")
+        else:
+            if path is not None:
+                self._say(f"Report: {path}")
 
     def _write_run(self, state: TrainerState, reason: StopReason) -> None:
         """Writes `run.json`: what ran where, with which versions, and how it ended."""
