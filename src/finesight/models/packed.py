@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from finesight.data.batch import PackedBatch, Scoring
 from finesight.data.layout import AttentionLayout, TowerShape, tower_layout
 from finesight.errors import ModelError
+from finesight.geometry import Grid
 from finesight.models.activations import Offload, activation_policy, in_chunks, selectively
 from finesight.models.attention import forest_attention, use_forest_attention_in_tower
 from finesight.models.compilation import CompiledFunction
@@ -30,8 +31,9 @@ from finesight.models.features import FeatureCache
 from finesight.models.linear import accumulate_adapters, project
 from finesight.models.logprobs import target_logprobs, target_logprobs_and_entropies
 from finesight.models.quantized_vocabulary import Int8Head
+from finesight.models.sharding import ShardedUnit
 from finesight.models.tower import TowerPlace
-from finesight.models.vision import VisualFeatures, run_block, tower_features
+from finesight.models.vision import VisualFeatures, patch_dtype, run_block, tower_features
 
 _Function = Callable[..., torch.Tensor]
 # Is handed the number of a layer, its rotated keys and its values, (T, G, d) each.
@@ -75,6 +77,9 @@ class PackedModel(nn.Module):
         self.tower_shape = TowerShape.of(self.base.model.visual.config)
         self.tower_place = TowerPlace(self.base.model.visual, self.base)
         self.feature_cache: FeatureCache | None = None  # kept features of a frozen tower; set by whoever owns the budget
+        self.units = nn.ModuleList()  # of a model that is divided over processes
+        self._unit_of: dict[nn.Module, ShardedUnit] = {}
+        self.blank_images = False  # whether the tower computes a blank image for packs without any
         self._offload = Offload()
         self._run_layer, self._run_last, self._run_block = self._layer_functions(compile_layers, mlp_chunk_tokens, say)
 
@@ -95,6 +100,11 @@ class PackedModel(nn.Module):
         mlp = in_chunks(CompiledFunction(run_mlp, say), mlp_chunk_tokens) if compiled else last_mlp
         run = partial(_run_halves, prepared(run_layer), mix, mlp)
         return run, partial(_run_halves, run_layer, run_attention, last_mlp), prepared(run_block)
+
+    def add_unit(self, unit: ShardedUnit) -> None:
+        """Lets a layer or block be computed inside the call of a unit, which gathers its weights."""
+        self.units.append(unit)
+        self._unit_of[unit.module] = unit
 
     @property
     def base(self) -> PreTrainedModel:
@@ -139,6 +149,8 @@ class PackedModel(nn.Module):
         if features is not None:
             merged = features.merged.index_select(0, batch.visual_source).to(hidden.dtype)
             hidden = hidden.index_copy(0, batch.visual_index, merged)
+        if self.blank_images and not batch.grids:
+            hidden = hidden + self._nothing_of_the_tower().to(hidden.dtype)
         cos, sin = self.rotary(batch.position_ids, hidden)
         levels = features.deepstack if features is not None else ()
         run = self._run_layer if observe is None else run_layer
@@ -190,7 +202,26 @@ class PackedModel(nn.Module):
             self.feature_cache.store(batch.item_keys, tokens, features)
         return features
 
+    def _nothing_of_the_tower(self) -> torch.Tensor:
+        """A zero that depends on all of the tower, which computes one visual token of a blank image for it."""
+        visual, merge = self.base.model.visual, self.tower_shape.merge_size
+        config = visual.config
+        grid = Grid(1, merge, merge)
+        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        patches = torch.ones(grid.patches, values, dtype=patch_dtype(visual), device=self.device)
+        layout = tower_layout([grid], self.tower_shape).to(self.device)
+        features = tower_features(visual, patches, layout, run_block=partial(self._kept, self._run_block))
+        return torch.stack([level.sum() for level in (features.merged, *features.deepstack)]).sum() * 0
+
     def _kept(self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """Runs a layer or block, with its weights gathered where they are divided."""
+        unit = self._unit_of.get(module)
+        if unit is None:
+            return self._under_policy(function, module, hidden, *arguments)
+        run: torch.Tensor = unit(partial(self._under_policy, function), hidden, *arguments)
+        return run
+
+    def _under_policy(self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """Runs a layer or block under the activation policy."""
         if self.policy in ("none", "selective") or not torch.is_grad_enabled():
             return function(module, hidden, *arguments)

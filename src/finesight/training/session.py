@@ -7,7 +7,8 @@ import os
 import random
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from finesight.errors import ModelError, RecipeError
 from finesight.models.adapter_metadata import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
-from finesight.models.load import LoadedModel, load_model
+from finesight.models.load import LoadedModel, choose_dtype, load_model
 from finesight.models.packed import PackedModel
 from finesight.models.parameters import ParameterCounts, count_parameters
+from finesight.models.sharding import shard
 from finesight.models.tuning_notes import thinking_warning
 from finesight.models.vision import patch_dtype
 from finesight.planner.plan import MemoryPlan
@@ -56,7 +58,7 @@ from finesight.training.state import TrainerState, data_fingerprint
 from finesight.training.telemetry import Telemetry, counted, duration
 from finesight.training.trackers import LOGS, flat_settings, tracker_arguments
 from finesight.training.validation import HeldOutValidation
-from finesight.training.weights import save_weights, weights_folder
+from finesight.training.weights import gather_weights, save_weights, weights_folder
 
 
 @dataclass(eq=False)
@@ -70,7 +72,7 @@ class RunResult:
     stop_reason: StopReason
     plan: Plan
     parameters: ParameterCounts
-    model: PreTrainedModel | PeftModel = field(repr=False)  # as it is in memory at the end
+    model: PreTrainedModel | PeftModel = field(repr=False)  # as it is in memory at the end; under training.sharding only a part of it
     processor: Processor = field(repr=False)
 
     @property
@@ -96,6 +98,11 @@ def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | N
     use_expandable_segments()
     # accelerate keeps its state for the whole process; a second run in it may want other settings.
     AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
+    if recipe.training.sharding == "full" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise RecipeError(
+            "training.sharding: full divides the model over several GPUs, and this is a single process: start it with torchrun "
+            "--nproc-per-node 2 -m finesight train …, or set training.sharding: none"
+        )
     if recipe.training.gradient_release and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
             "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
@@ -153,6 +160,7 @@ class Session:
         self.begun = time.time()
         # Adapters are drawn the same on all processes; what dropout draws afterwards differs between them.
         self.loaded = loaded or self._load()
+        self._refuse_sharding()
         self.model = apply_tuning(self.loaded.model, self.recipe.tuning, self.loaded.family, self.recipe.training.seed)
         self.parameters = count_parameters(self.model)
         seed_everything(self.recipe.training.seed + accelerator.process_index)
@@ -166,7 +174,7 @@ class Session:
         )
         self.steady_tokens = STEADY_TOKENS if compiled else None
         self.kept = keep_features(prepared, self.plan, self.packed, accelerator, self._say)
-        self.wrapped = accelerator.prepare_model(self.packed)
+        self.wrapped = self._over_processes()
         self.optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
         self._refuse_rows_that_train_nothing()
         self._refuse_release()
@@ -205,7 +213,29 @@ class Session:
     def _load(self) -> LoadedModel:
         self._say(f"Loading {self.recipe.model.name_or_path}")
         going_on = self.recipe.model.adapter is not None
-        return load_model(self.recipe.model, data=self.recipe.data, device=self.accelerator.device, train_adapter=going_on)
+        settings, device = self.recipe.model, self.accelerator.device
+        if self.recipe.training.sharding == "none":
+            return load_model(settings, data=self.recipe.data, device=device, train_adapter=going_on)
+        # Into host memory, from where each GPU takes its part: the whole may be larger than one of them.
+        dtype, _ = choose_dtype(settings.dtype, device)
+        settings = settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+        loaded = load_model(settings, data=self.recipe.data, device="cpu", train_adapter=going_on)
+        return replace(loaded, device=device)
+
+    def _over_processes(self) -> torch.nn.Module:
+        """The model as it trains: divided over the processes, or whole in each with gradients averaged."""
+        if self.recipe.training.sharding == "none":
+            wrapped: torch.nn.Module = self.accelerator.prepare_model(self.packed)
+            return wrapped
+        shard(self.packed, self.accelerator.device, self.accelerator.num_processes)
+        return self.packed
+
+    def _refuse_sharding(self) -> None:
+        if self.recipe.training.sharding == "full" and self.loaded.dtype == torch.float16:
+            raise RecipeError(
+                "training.sharding: full cannot be used in float16, whose loss scale each process would set by its own part of the gradients: set "
+                "model.dtype: bfloat16 or float32, or training.sharding: none"
+            )
 
     def _refuse_rows_that_train_nothing(self) -> None:
         """Where only tower and merger train, a pack of text alone has no gradient, for which other processes would wait."""
@@ -389,8 +419,9 @@ class Session:
                 measured = "loss" if self.recipe.grpo is None else "reward"
                 self._say(f"Weights of step {state.best_step}, held-out {measured} {state.best_metric:.4f}")
             weights_dir = self.output_dir / name
+            weights = gather_weights(self.model, keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
-                write_folder(weights_dir, self._fill)
+                write_folder(weights_dir, partial(self._fill, weights))
         self.model.eval()
         self.packed.tower_place.present()
         if self.kept is not None:  # up to a quarter of the memory that was free
@@ -414,8 +445,8 @@ class Session:
             processor=self.prepared.processor,
         )
 
-    def _fill(self, folder: Path) -> None:
-        save_weights(self.model, folder, self.metadata, self.prepared.processor)
+    def _fill(self, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
+        save_weights(self.model, folder, self.metadata, self.prepared.processor, weights)
         (folder / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
 
     def _write_run(self, state: TrainerState, reason: StopReason) -> None:
