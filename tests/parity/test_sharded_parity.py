@@ -52,7 +52,9 @@ def step_of(family: str) -> list[PackedBatch]:
     return batches
 
 
-def loss_and_gradients(packed: PackedModel, batches: list[PackedBatch], weight: float, scale: int = 1) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    packed: PackedModel, batches: list[PackedBatch], weight: float, scale: int = 1
+) -> tuple[float, dict[str, torch.Tensor]]:
     total = 0.0
     for batch in batches:
         loss = -(packed(batch) * batch.weight).sum() / weight

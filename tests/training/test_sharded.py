@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from finesight.recipe import Recipe
 from finesight.training.run import train
 from finesight.training.state import load_tree
 from finesight.training.telemetry import read_metrics
+from tiny import tiny_model
 from tiny_runs import tiny_recipe
 
 ADAPTER, MODEL = "adapter/adapter_model.safetensors", "model/model.safetensors"
@@ -28,9 +30,15 @@ def cases(checkpoint, rows, tmp_path_factory):
     steps = {"num_train_epochs": 1.4, "token_budget": 100, "train_batch_size": 6, "adam_epsilon": 1e-2, "learning_rate": 1e-2}
     saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 
+    tied = shutil.copytree(checkpoint, folder / "tied")
+    model = tiny_model("qwen3_vl")
+    model.config.tie_word_embeddings = True  # as in the smaller checkpoints: one matrix under two names
+    model.tie_weights()
+    model.save_pretrained(tied)
+
     def recipe(name: str, tuning: dict, model: dict | None = None, **training: object) -> Recipe:
         return tiny_recipe(
-            checkpoint, rows, folder / name, tuning=tuning, model=model or {}, data={"eval_split": str(rows)},
+            tied if name.startswith("full") else checkpoint, rows, folder / name, tuning=tuning, model=model or {}, data={"eval_split": str(rows)},
             training={**steps, **saves, "eval_strategy": "epoch", **training},
         )  # fmt: skip
 
@@ -81,7 +89,7 @@ def test_a_checkpoint_in_parts_holds_the_optimizer_in_one_piece(cases, case):
     [("adapter, resumed in parts", "adapter, whole", ADAPTER), ("full, resumed whole", "full, whole", MODEL)],
 )
 def test_a_run_goes_on_with_another_number_of_processes(cases, resumed, uninterrupted, file):
-    assert [line["step"] for line in read_metrics(cases / resumed / "metrics.jsonl") if "loss" in line][0] == 2
+    assert next(line["step"] for line in read_metrics(cases / resumed / "metrics.jsonl") if "loss" in line) == 2
     assert worst_difference(cases / uninterrupted / file, cases / resumed / file) < 1e-5
 
 

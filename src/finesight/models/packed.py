@@ -128,13 +128,7 @@ class PackedModel(nn.Module):
 
         Where it asks for entropies too: (2, N), log-probabilities and entropies.
         """
-        head, scoring = self.base.lm_head, batch.scoring or Scoring()
-        scale = head.scale if isinstance(head, Int8Head) else None
-        states = self.target_states(batch)
-        under: dict[str, Any] = {"scale": scale, "temperature": scoring.temperature, "forbidden": scoring.forbidden}
-        if scoring.entropies:
-            return torch.stack(target_logprobs_and_entropies(states, head.weight, batch.token, **under))
-        return target_logprobs(states, head.weight, batch.token, **under)
+        return self._within(self.base.lm_head, _score, self.target_states(batch), batch)
 
     def target_states(self, batch: PackedBatch, observe: KeysAndValues | None = None) -> torch.Tensor:
         """(N, D): the final hidden state that must give each target.
@@ -145,12 +139,13 @@ class PackedModel(nn.Module):
         text = self.base.model.language_model
         self._offload.begin()
         features = self.visual_features(batch)
-        hidden = text.embed_tokens(batch.input_ids)
+        nothing = self._nothing_of_the_tower() if self.blank_images and not batch.grids else None
+        hidden = self._within(text.embed_tokens, _look_up, batch.input_ids)
         if features is not None:
             merged = features.merged.index_select(0, batch.visual_source).to(hidden.dtype)
             hidden = hidden.index_copy(0, batch.visual_index, merged)
-        if self.blank_images and not batch.grids:
-            hidden = hidden + self._nothing_of_the_tower().to(hidden.dtype)
+        if nothing is not None:
+            hidden = hidden + nothing.to(hidden.dtype)
         cos, sin = self.rotary(batch.position_ids, hidden)
         levels = features.deepstack if features is not None else ()
         run = self._run_layer if observe is None else run_layer
@@ -214,20 +209,38 @@ class PackedModel(nn.Module):
         return torch.stack([level.sum() for level in (features.merged, *features.deepstack)]).sum() * 0
 
     def _kept(self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """Runs a layer or block, with its weights gathered where they are divided."""
-        unit = self._unit_of.get(module)
-        if unit is None:
-            return self._under_policy(function, module, hidden, *arguments)
-        run: torch.Tensor = unit(partial(self._under_policy, function), hidden, *arguments)
-        return run
-
-    def _under_policy(self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """Runs a layer or block under the activation policy."""
+        return self._within(module, partial(self._under_policy, function), hidden, *arguments)
+
+    def _within(self, module: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """function(module, *arguments), with the module's weights gathered where they are divided."""
+        unit = self._unit_of.get(module)
+        result: torch.Tensor = function(module, *arguments) if unit is None else unit(function, *arguments)
+        return result
+
+    def _under_policy(
+        self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any
+    ) -> torch.Tensor:
         if self.policy in ("none", "selective") or not torch.is_grad_enabled():
             return function(module, hidden, *arguments)
         if self.policy == "offload":
             return self._offload.run(function, module, hidden, *arguments)
         return checkpoint(function, module, hidden, *arguments, use_reentrant=False)
+
+
+def _look_up(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = embedding(input_ids)
+    return hidden
+
+
+def _score(head: nn.Module, states: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """What the targets score, see :meth:`PackedModel.forward`, of their final hidden states (N, D)."""
+    scoring = batch.scoring or Scoring()
+    scale = head.scale if isinstance(head, Int8Head) else None
+    under: dict[str, Any] = {"scale": scale, "temperature": scoring.temperature, "forbidden": scoring.forbidden}
+    if scoring.entropies:
+        return torch.stack(target_logprobs_and_entropies(states, head.weight, batch.token, **under))
+    return target_logprobs(states, head.weight, batch.token, **under)
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 FSDP2 gathers the weights of a module in hooks around its call. The loops here compute a layer from its parts, several
 projections at once, and never call the layer; so what is computed of it runs inside the call of a :class:`ShardedUnit`
-around it. Units are the decoder layers and the tower's blocks; what remains (embedding, norms, mergers, `lm_head`) is
-gathered for the whole of a forward and backward pass of :class:`finesight.models.packed.PackedModel`, the root.
+around it. Units are the decoder layers, the tower's blocks, the embedding and `lm_head`, where these do not share their
+matrix; what remains (norms, mergers, a shared matrix) is gathered for the whole of a forward and backward pass of
+:class:`finesight.models.packed.PackedModel`, the root.
 
 All processes must gather the same units in the same order. A tower that does not train, and that packs of text or of kept
 features pass by, therefore stays whole on every device; one that trains computes a blank image for packs that have none.
@@ -31,9 +32,9 @@ class ShardedUnit(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, function: Callable[..., torch.Tensor], hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """function(module, hidden, *arguments), with the module's weights at hand; gradients flow to tensors among the arguments."""
-        return function(self.module, hidden, *arguments)
+    def forward(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """function(module, *arguments), with the module's weights at hand; gradients flow to tensors among the arguments."""
+        return function(self.module, *arguments)
 
 
 def shard(packed: PackedModel, device: torch.device, processes: int) -> None:
@@ -48,15 +49,16 @@ def shard(packed: PackedModel, device: torch.device, processes: int) -> None:
     mesh = init_device_mesh(device.type, (processes,))
     # Gradients of bfloat16 weights are summed over processes in float32.
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-    base = packed.base.model
-    visual, layers = base.visual, list(base.language_model.layers)
+    visual, text, head = packed.base.model.visual, packed.base.model.language_model, packed.base.lm_head
+    shares_matrix = head.weight is text.embed_tokens.weight
     tower_trains = any(parameter.requires_grad for parameter in visual.parameters())
     whole: set[nn.Parameter] = set()
     if not tower_trains:
         visual.to(device)
         whole.update(visual.parameters())
-    for module in [*(visual.blocks if tower_trains else ()), *layers]:
-        unit = fully_shard(ShardedUnit(module), **settings)
+    for module in [*(visual.blocks if tower_trains else ()), *text.layers, *(() if shares_matrix else (text.embed_tokens, head))]:
+        unit = ShardedUnit(module)
+        fully_shard(unit, **settings)
         whole.update(module.parameters())  # the root would find them again under the model's own names
         packed.add_unit(unit)
     packed.blank_images = tower_trains
@@ -96,7 +98,8 @@ def gathered(tree: Any, *, keep: bool) -> Any:
         keep: false: take part, but hand back nothing in their place, where another process does the writing.
     """
     if isinstance(tree, DTensor):
-        whole = tree.detach().full_tensor()
+        with torch.no_grad():
+            whole = tree.full_tensor()
         return whole.cpu() if keep else None
     if isinstance(tree, Mapping):
         return {key: gathered(value, keep=keep) for key, value in tree.items()}

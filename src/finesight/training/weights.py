@@ -41,7 +41,13 @@ def gather_weights(model: PreTrainedModel | PeftModel, *, keep: bool) -> dict[st
     """
     if not is_sharded(model):
         return None
-    own = adapter_weights(model) if isinstance(model, PeftModel) else model.state_dict()
+    if isinstance(model, PeftModel):
+        own = adapter_weights(model)
+    else:
+        # The variables themselves, so that a matrix that embedding and lm_head share is known for one.
+        named = model.state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(named.items())}
+        own = {name: tensor.detach() for name, tensor in named.items() if first_names[id(tensor)] == name}
     weights: dict[str, torch.Tensor] = gathered(own, keep=keep)
     return weights
 
