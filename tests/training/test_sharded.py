@@ -13,6 +13,7 @@ from test_distributed import finish, launch
 
 from finesight.errors import RecipeError
 from finesight.recipe import Recipe
+from finesight.training.processes import load_for_training
 from finesight.training.run import train
 from finesight.training.state import load_tree
 from finesight.training.telemetry import read_metrics
@@ -114,6 +115,12 @@ def test_what_cannot_be_divided_is_refused(checkpoint, rows, tmp_path, sections)
     training = {"sharding": "full", **sections.get("training", {})}
     with pytest.raises((RecipeError, ValidationError), match="sharding: full cannot be used together with"):
         tiny_recipe(checkpoint, rows, tmp_path, **{**sections, "training": training})
+
+
+def test_float16_is_refused_before_the_weights_are_read(tmp_path):
+    recipe = tiny_recipe(tmp_path / "no checkpoint", tmp_path, tmp_path, model={"dtype": "float16"}, training={"sharding": "full"})
+    with pytest.raises(RecipeError, match="cannot be used in float16"):
+        load_for_training(recipe, torch.device("cpu"))
 
 
 def test_one_process_has_nobody_to_share_with(checkpoint, rows, tmp_path):

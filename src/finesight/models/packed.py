@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from finesight.data.batch import PackedBatch, Scoring
-from finesight.data.layout import AttentionLayout, TowerShape, tower_layout
+from finesight.data.layout import AttentionLayout, TowerLayout, TowerShape, tower_layout
 from finesight.errors import ModelError
 from finesight.geometry import Grid
 from finesight.models.activations import Offload, activation_policy, in_chunks, selectively
@@ -80,6 +80,7 @@ class PackedModel(nn.Module):
         self.units = nn.ModuleList()  # of a model that is divided over processes
         self._unit_of: dict[nn.Module, ShardedUnit] = {}
         self.blank_images = False  # whether the tower computes a blank image for packs without any
+        self._blank: tuple[torch.Tensor, TowerLayout] | None = None  # its patches and their layout, once needed
         self._offload = Offload()
         self._run_layer, self._run_last, self._run_block = self._layer_functions(compile_layers, mlp_chunk_tokens, say)
 
@@ -200,12 +201,12 @@ class PackedModel(nn.Module):
     def _nothing_of_the_tower(self) -> torch.Tensor:
         """A zero that depends on all of the tower, which computes one visual token of a blank image for it."""
         visual, merge = self.base.model.visual, self.tower_shape.merge_size
-        config = visual.config
-        grid = Grid(1, merge, merge)
-        values = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        patches = torch.ones(grid.patches, values, dtype=patch_dtype(visual), device=self.device)
-        layout = tower_layout([grid], self.tower_shape).to(self.device)
-        features = tower_features(visual, patches, layout, run_block=partial(self._kept, self._run_block))
+        if self._blank is None:
+            config, grid = visual.config, Grid(1, merge, merge)
+            values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+            patches = torch.ones(grid.patches, values, dtype=patch_dtype(visual), device=self.device)
+            self._blank = patches, tower_layout([grid], self.tower_shape).to(self.device)
+        features = tower_features(visual, *self._blank, run_block=partial(self._kept, self._run_block))
         return torch.stack([level.sum() for level in (features.merged, *features.deepstack)]).sum() * 0
 
     def _kept(self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:

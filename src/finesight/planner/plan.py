@@ -25,7 +25,7 @@ from finesight.planner.activations import (
 )
 from finesight.planner.rollouts import rollout_bytes
 from finesight.planner.shapes import ModelShape, Part
-from finesight.planner.sharding import Sharding, Unit
+from finesight.planner.sharding import SUMMED_LAST, Sharding
 from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes, largest
 from finesight.planner.weights import BYTES, Precision, TrainingBytes, largest_dequantised_bytes, training_bytes, weight_bytes
 from finesight.recipe import Recipe
@@ -201,7 +201,7 @@ class _Moments:
         base = {**self.resident, "packs": self._packs(pack)}
         before = self._gradients_before()
         if pack.patches:
-            gathered = self._while_used("block", forward=True)
+            gathered = self.sharding.while_used("block", forward=True)
             yield Moment(
                 "tower, forward", {**base, **gathered, "gradients": before, "activations: tower": tower + self._tower_forward(pack)}
             )
@@ -211,29 +211,27 @@ class _Moments:
         text = {**shared, "activations: language model": kept + last + rotary}
         features = 0 if self.tower_trains else self._features(pack)
         last_forward = {"gradients": before, "visual features": features, "working memory": self._forward_working(pack)}
-        yield Moment("forward, last layer", {**text, **self._while_used("layer", forward=True), **last_forward})
+        yield Moment("forward, last layer", {**text, **self.sharding.while_used("layer", forward=True), **last_forward})
         at_head = {**text, "gradients": before}
-        yield Moment("log-probabilities", {**at_head, **self._while_used("lm_head", forward=True), "working memory": self._logprobs(pack)})
-        yield Moment("backward, last layer", {**at_head, **self._while_used("lm_head"), "working memory": self._last_backward(pack)})
+        yield Moment(
+            "log-probabilities", {**at_head, **self.sharding.while_used("lm_head", forward=True), "working memory": self._logprobs(pack)}
+        )
+        yield Moment(
+            "backward, last layer", {**at_head, **self.sharding.while_used("lm_head"), "working memory": self._last_backward(pack)}
+        )
         one, working = self._layer_again(pack), self._layer_backward(pack)
         top, bottom = self._gradients_at_top(before), self._gradients_in_full()
         if layers > 1:
-            layer = {**shared, **self._while_used("layer"), "working memory": working}
+            layer = {**shared, **self.sharding.while_used("layer"), "working memory": working}
             yield Moment("backward, upper layer", {**layer, "activations: language model": kept + one + rotary, "gradients": top})
             lowest = self._kept_of_one(pack) + one + rotary
             yield Moment("backward, lowest layer", {**layer, "activations: language model": lowest, "gradients": bottom})
         if self.tower_trains and pack.patches:
-            block = {**shared, **self._while_used("block")}
+            block = {**shared, **self.sharding.while_used("block")}
             yield Moment("backward, tower", {**block, "gradients": bottom, "working memory": self._tower_backward(pack)})
         if self.sharding.shards > 1:
-            ends: tuple[Unit, ...] = ("embedding", "root")
-            for unit in ends:
-                yield Moment(f"gradients of the {unit}", {**base, **self._while_used(unit), "gradients": bottom})
-
-    def _while_used(self, unit: Unit, *, forward: bool = False) -> dict[str, int]:
-        """What of a divided model is in one piece, and of its gradients on their way, which none are in a forward pass."""
-        parts = self.sharding.while_used(unit)
-        return {name: size for name, size in parts.items() if name == "gathered weights" or not forward}
+            for unit in SUMMED_LAST:
+                yield Moment(f"gradients of the {unit}", {**base, **self.sharding.while_used(unit), "gradients": bottom})
 
     def _packs(self, pack: PackSizes) -> int:
         """Bytes of this pack and of those moved ahead of their use."""

@@ -19,6 +19,8 @@ from finesight.planner.weights import BYTES, Precision, Trainable, trainables
 from finesight.recipe import Recipe
 
 Unit = Literal["layer", "block", "embedding", "lm_head", "root"]
+# Whose gradients are complete only at the end of a pass.
+SUMMED_LAST: tuple[Unit, ...] = ("embedding", "root")
 # Of a unit, while one of its kind is computed: its weights, the buffer they came in, and the buffer of the next.
 GATHERED_COPIES = 3
 # Buffers of gradients that are being summed over GPUs, and the bytes of a number in them.
@@ -66,8 +68,12 @@ class Sharding:
         """Bytes of a part's weights between passes."""
         return size if part in self.whole else size // self.shards
 
-    def while_used(self, unit: Unit) -> dict[str, int]:
-        """What is gathered, and on its way to be summed, while units of a kind are computed in either pass."""
+    def while_used(self, unit: Unit, *, forward: bool = False) -> dict[str, int]:
+        """What is gathered while units of a kind are computed, and what of their gradients is on its way to be summed.
+
+        Args:
+            forward: in a forward pass, where there are no gradients.
+        """
         if self.shards == 1:
             return {}
         w, g, s = self.weights, self.gradients, self.summed
@@ -89,7 +95,7 @@ class Sharding:
             "embedding": g["embedding"] + s["embedding"] + s["layer"],
             "root": s["root"] + s["layer"],
         }[unit]
-        return {"gathered weights": gathered, "gradients on their way": flying}
+        return {"gathered weights": gathered, **({} if forward else {"gradients on their way": flying})}
 
     def gradients_of(self, total: int, *, root_is_there: bool) -> int:
         """Bytes of gradients at the end of a pass, of `total` in all: an n-th, but for those of the root until they are summed."""

@@ -111,7 +111,8 @@ def refusal(plan: MemoryPlan, available_bytes: int, ways: Sequence[Change], gpus
     """
     lines = [
         f"This run is planned to need {gib(plan.needed_bytes)} of GPU memory (peak {gib(plan.peak_bytes)} at: {plan.peak.name}), and "
-        f"{gib(available_bytes)} are there."
+        f"{gib(available_bytes)} are there.",
+        *([] if gpus is None else [more_gpus(gpus)]),
     ]
     if ways:
         lines.append("The cheapest remedies:")
@@ -121,8 +122,6 @@ def refusal(plan: MemoryPlan, available_bytes: int, ways: Sequence[Change], gpus
         lines.append(
             "No change of token budget, activation policy, quantisation or pixels makes it fit: take a smaller model, or a larger GPU."
         )
-    if gpus is not None:
-        lines.append(more_gpus(gpus))
     return "\n".join(lines)
 
 

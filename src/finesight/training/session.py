@@ -7,7 +7,7 @@ import os
 import random
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,9 @@ from finesight.errors import ModelError, RecipeError
 from finesight.models.adapter_metadata import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
-from finesight.models.load import LoadedModel, choose_dtype, load_model
+from finesight.models.load import LoadedModel
 from finesight.models.packed import PackedModel
 from finesight.models.parameters import ParameterCounts, count_parameters
-from finesight.models.sharding import shard
 from finesight.models.tuning_notes import thinking_warning
 from finesight.models.vision import patch_dtype
 from finesight.planner.plan import MemoryPlan
@@ -50,6 +49,7 @@ from finesight.training.optimizer import StepOptimizer
 from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
+from finesight.training.processes import load_for_training, over_processes, refuse_to_share_alone
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.rollouts import RolloutMaker
 from finesight.training.saving import RunSaver
@@ -98,11 +98,7 @@ def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | N
     use_expandable_segments()
     # accelerate keeps its state for the whole process; a second run in it may want other settings.
     AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
-    if recipe.training.sharding == "full" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise RecipeError(
-            "training.sharding: full divides the model over several GPUs, and this is a single process: start it with torchrun "
-            "--nproc-per-node 2 -m finesight train …, or set training.sharding: none"
-        )
+    refuse_to_share_alone(recipe.training, int(os.environ.get("WORLD_SIZE", "1")))
     if recipe.training.gradient_release and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
             "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
@@ -160,7 +156,6 @@ class Session:
         self.begun = time.time()
         # Adapters are drawn the same on all processes; what dropout draws afterwards differs between them.
         self.loaded = loaded or self._load()
-        self._refuse_sharding()
         self.model = apply_tuning(self.loaded.model, self.recipe.tuning, self.loaded.family, self.recipe.training.seed)
         self.parameters = count_parameters(self.model)
         seed_everything(self.recipe.training.seed + accelerator.process_index)
@@ -174,7 +169,7 @@ class Session:
         )
         self.steady_tokens = STEADY_TOKENS if compiled else None
         self.kept = keep_features(prepared, self.plan, self.packed, accelerator, self._say)
-        self.wrapped = self._over_processes()
+        self.wrapped = over_processes(self.packed, accelerator, self.recipe.training)
         self.optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
         self._refuse_rows_that_train_nothing()
         self._refuse_release()
@@ -212,30 +207,7 @@ class Session:
 
     def _load(self) -> LoadedModel:
         self._say(f"Loading {self.recipe.model.name_or_path}")
-        going_on = self.recipe.model.adapter is not None
-        settings, device = self.recipe.model, self.accelerator.device
-        if self.recipe.training.sharding == "none":
-            return load_model(settings, data=self.recipe.data, device=device, train_adapter=going_on)
-        # Into host memory, from where each GPU takes its part: the whole may be larger than one of them.
-        dtype, _ = choose_dtype(settings.dtype, device)
-        settings = settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-        loaded = load_model(settings, data=self.recipe.data, device="cpu", train_adapter=going_on)
-        return replace(loaded, device=device)
-
-    def _over_processes(self) -> torch.nn.Module:
-        """The model as it trains: divided over the processes, or whole in each with gradients averaged."""
-        if self.recipe.training.sharding == "none":
-            wrapped: torch.nn.Module = self.accelerator.prepare_model(self.packed)
-            return wrapped
-        shard(self.packed, self.accelerator.device, self.accelerator.num_processes)
-        return self.packed
-
-    def _refuse_sharding(self) -> None:
-        if self.recipe.training.sharding == "full" and self.loaded.dtype == torch.float16:
-            raise RecipeError(
-                "training.sharding: full cannot be used in float16, whose loss scale each process would set by its own part of the gradients: set "
-                "model.dtype: bfloat16 or float32, or training.sharding: none"
-            )
+        return load_for_training(self.recipe, self.accelerator.device)
 
     def _refuse_rows_that_train_nothing(self) -> None:
         """Where only tower and merger train, a pack of text alone has no gradient, for which other processes would wait."""
