@@ -49,6 +49,9 @@ METHODS: dict[str, dict[str, Any]] = {
 PIXELS = (448 * 448, 1024 * 1024)
 # Budget of a pack and policy: the smallest that is sensible, and the usual one.
 WAYS = ((2048, "offload"), (8192, "full"))
+SHARDED_MODELS = ("Qwen3-VL-8B", "Qwen3-VL-32B", "Qwen3-VL-30B-A3B", "Qwen2.5-VL-72B")
+SHARDED_METHODS: dict[str, dict[str, Any]] = {"LoRA, bf16": {}, "full tuning": {"tuning.method": "full"}}
+SHARDING_GPUS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,25 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([*rows, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
 
-def plan_of(shape: ModelShape, settings: dict[str, Any], pixels: int, budget: int, policy: str) -> MemoryPlan:
+def plan_of(
+    shape: ModelShape, settings: dict[str, Any], pixels: int, budget: int, policy: str, gpus: int = 1, sharding: str = "none"
+) -> MemoryPlan:
     """The plan of a table's field: packs filled with images of one size, on a GPU with grouped attention."""
     chosen = {**settings, "training.token_budget": budget, "training.gradient_checkpointing": policy, "training.train_batch_size": 16}
-    return plan_memory(shape, recipe_for(shape.name, chosen), filled_run(shape, budget, pixels, 16))
+    recipe = recipe_for(shape.name, {**chosen, "training.sharding": sharding})
+    return plan_memory(shape, recipe, filled_run(shape, budget, pixels, -(-16 // gpus)), processes=gpus)
+
+
+def sharding_table() -> str:
+    """Peaks on each of several GPUs, with all of the model on each and divided over them."""
+    ways = [(1, "none"), (2, "none"), *((gpus, "full") for gpus in SHARDING_GPUS)]
+    heads = ["model", "method", *(f"{gpus} GPU{'s' if gpus > 1 else ''}, sharding {sharding}" for gpus, sharding in ways)]
+    lines = []
+    for name in SHARDED_MODELS:
+        for method, settings in SHARDED_METHODS.items():
+            plans = [plan_of(CATALOGUE[name], settings, 1024**2, 8192, "full", gpus, sharding) for gpus, sharding in ways]
+            lines.append([name, method, *(f"{plan.peak_bytes / GIB:.1f}" for plan in plans)])
+    return table(heads, lines)
 
 
 def model_table(measured: Sequence[Measured]) -> str:
@@ -188,6 +206,14 @@ experts: on attention). The tower is frozen. Layers are compiled. Weights that d
 † this method was measured on this model: see below. All other figures are plans.
 
 {model_table(measured)}
+## Several GPUs
+
+Peak allocated in GiB on each GPU as planned, packs of 8,192 tokens with images of 1024² under the policy `full`. With `training.sharding: none` each
+GPU has all of the model, and gradients are averaged. With `training.sharding: full` weights, gradients and optimizer state are divided
+(FSDP2), each layer is gathered while it is computed, and the frozen tower stays whole. Full tuning keeps float32 masters and Adam's state in float32.
+What FSDP2 holds besides was counted from its code, not measured. `finesight plan recipe.yaml --gpus 4 training.sharding=full` plans a recipe.
+
+{sharding_table()}
 ## Plan against measurement
 
 Peaks are `torch.cuda.max_memory_allocated`. The largest pack of each run is given; its sizes are what the plan was made from.

@@ -114,6 +114,16 @@ class TestPlan:
         _, out, _ = run(capsys, "plan", recipe, "--tokens", "4096", "--pixels", 448 * 448, "--gpu", "80GiB")
         assert "packs of 4,096 tokens, filled with images of about 448 × 448 pixels" in out
 
+    def test_several_gpus(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        full = ("tuning.method=full", "--gpu", "80GiB")
+        status, out, _ = run(capsys, "plan", recipe, *full, "--gpus", "4")
+        assert status == 1 and "On each of 4 GPUs, which have all of the model each" in out and "training.sharding=full" in out
+        status, out, _ = run(capsys, "plan", recipe, *full, "--gpus", "4", "training.sharding=full")
+        assert status == 0 and "On each of 4 GPUs, which share the model" in out and "gathered weights" in out
+        assert "On 4 such GPUs it fits with training.sharding=full" in run(capsys, "plan", recipe, *full)[1]
+        status, _, err = run(capsys, "plan", recipe, "training.sharding=full")
+        assert status == 2 and "--gpus 2" in err
+
     def test_errors(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "No GPU 'RX 7900'" in run(capsys, "plan", recipe, "--gpu-name", "RX 7900")[2]
         status, _, err = run(capsys, "plan", recipe, "model.name_or_path=someone/llava")

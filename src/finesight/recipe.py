@@ -240,6 +240,12 @@ class TrainingSettings(Settings):
         False,
         description="Update each weight as soon as its gradient is complete and let the gradient go; for full tuning with max_grad_norm: 0.",
     )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="Several GPUs (under torchrun). none: each holds the whole model, and gradients are averaged; full: weights, gradients "
+        "and optimizer state are divided over them (FSDP2) and gathered layer by layer. For supervised training with optim: adamw; a tower that "
+        "does not train stays whole.",
+    )
     torch_compile: Literal["auto"] | bool = Field(
         "auto", description="Compile the layers; auto: on GPUs from Ampere on, for runs long enough to repay it."
     )
@@ -405,8 +411,29 @@ class Recipe(Settings):
             )
         if self.model.adapter and u.method == "full":
             raise ValueError("model.adapter is for tuning.method: lora")
+        self._sharding_consistent()
         self._reinforcement_consistent()
         return self
+
+    def _sharding_consistent(self) -> None:
+        """What cannot be divided over processes is refused."""
+        t = self.training
+        if t.sharding == "none":
+            return
+        refused = {
+            f"model.load_in_{self.model.quantization}": self.model.quantization != "none",
+            "grpo": self.grpo is not None,
+            f"training.optim: {t.optim}": t.optim != "adamw",
+            "tuning.bf16_updates: stochastic_rounding": self.tuning.bf16_updates != "float32_masters",
+            "tuning.finetune_experts": self.tuning.finetune_experts,
+            "training.gradient_release": t.gradient_release,
+            "training.sample_answers": t.sample_answers > 0,
+        }
+        if given := [name for name, on in refused.items() if on]:
+            raise ValueError(
+                f"training.sharding: full cannot be used together with {' and '.join(given)}; leave {'it' if len(given) == 1 else 'them'} out, "
+                "or set training.sharding: none"
+            )
 
     def _reinforcement_consistent(self) -> None:
         g, r, t = self.grpo, self.rollout, self.training

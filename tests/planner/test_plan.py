@@ -139,13 +139,6 @@ class TestMoments:
         )
         assert single - half == 2 * 21 * 1280 * 1536 * 2
 
-    def test_shards_divide_what_can_be_divided(self) -> None:
-        whole = plan_memory(EIGHT, recipe(), RUN, policy="offload")
-        halves = plan_memory(EIGHT, recipe(), RUN, policy="offload", shards=2)
-        layers = 2 * (whole.peak.parts["weights: language model"] // 36)
-        assert halves.peak.parts["weights: language model"] == whole.peak.parts["weights: language model"] // 2
-        assert halves.peak.parts["gathered layers"] == layers
-
     def test_a_probe_corrects(self) -> None:
         p = plan()
         better = corrected(p, p.peak_bytes + GIB)

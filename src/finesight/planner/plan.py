@@ -25,6 +25,7 @@ from finesight.planner.activations import (
 )
 from finesight.planner.rollouts import rollout_bytes
 from finesight.planner.shapes import ModelShape, Part
+from finesight.planner.sharding import SUMMED_LAST, Sharding
 from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes, largest
 from finesight.planner.weights import BYTES, Precision, TrainingBytes, largest_dequantised_bytes, training_bytes, weight_bytes
 from finesight.recipe import Recipe
@@ -57,6 +58,7 @@ class MemoryPlan:
 
     Attributes:
         peak: the moment with most allocated bytes; `peak.total` is what torch would report.
+        processes: GPUs that train together; the plan is that of each.
         context_bytes, slack_bytes: outside of what is allocated, and needed all the same.
         correction_bytes: added by a probe, the difference that it measured.
     """
@@ -68,6 +70,7 @@ class MemoryPlan:
     precision: Precision
     sizes: RunSizes
     moments: tuple[Moment, ...] = field(repr=False)
+    processes: int = 1
     context_bytes: int = measured.CONTEXT_BYTES
     slack_share: float = measured.SLACK_SHARE
     correction_bytes: int = 0
@@ -111,7 +114,6 @@ def plan_memory(
     execution: Execution | None = None,
     precision: Precision = "bfloat16",
     processes: int = 1,
-    shards: int = 1,
     rollout: RolloutSizes | None = None,
 ) -> MemoryPlan:
     """Plans the memory of one device.
@@ -119,21 +121,21 @@ def plan_memory(
     Args:
         policy: of activations; None: the recipe's, full where that is auto.
         execution: None: compiled, in this precision.
-        processes: that train side by side, each with the whole model: gradients then pass through buckets.
-        shards: devices over which weights, gradients and optimizer state are divided; each layer is gathered for its use.
+        processes: GPUs that train side by side. Each has the whole model, and gradients pass through buckets; or, as
+            `training.sharding` says, weights, gradients and optimizer state are divided over them.
         rollout: answers that are sampled between updates; None: as the sizes say.
     """
     execution = execution or Execution()
     execution = replace(execution, width=BYTES[precision])
     chosen = policy or policy_of(recipe) or "full"
-    builder = _Moments(model, recipe, sizes, chosen, execution, precision, processes, shards)
+    builder = _Moments(model, recipe, sizes, chosen, execution, precision, processes)
     moments = [moment for pack in _candidates(sizes) for moment in builder.of_pack(pack)]
     moments.append(builder.update())
     rollout = rollout or sizes.rollout
     if rollout is not None:
         sampling = rollout_bytes(model, rollout, execution.width)
         moments += [Moment(f"rollout: {name}", {**builder.resident, **parts}) for name, parts in sampling.items()]
-    return MemoryPlan(model, recipe, chosen, execution, precision, sizes, tuple(moments))
+    return MemoryPlan(model, recipe, chosen, execution, precision, sizes, tuple(moments), processes)
 
 
 def _candidates(sizes: RunSizes) -> list[PackSizes]:
@@ -158,10 +160,9 @@ class _Moments:
         execution: Execution,
         precision: Precision,
         processes: int,
-        shards: int,
     ) -> None:
         self.model, self.recipe, self.sizes, self.policy, self.execution = model, recipe, sizes, policy, execution
-        self.shards = shards
+        self.sharding = Sharding.of(model, recipe, precision, processes)
         self.training: TrainingBytes = training_bytes(model, recipe, precision)
         self.weights = weight_bytes(model, recipe.model, precision)
         self.dequantised = largest_dequantised_bytes(model, recipe.model, precision)
@@ -174,20 +175,18 @@ class _Moments:
         self.everything: Way = "compiled" if execution.compiled else "eager"
         self.products: Way = "selective" if execution.compiled else "eager_selective"
         self.releases = recipe.training.gradient_release and sizes.most_packs == 1
-        self.buckets = self.training.gradients if processes > 1 else 0
+        self.buckets = self.training.gradients if processes > 1 and self.sharding.shards == 1 else 0
         self.resident = self._resident()
 
     def _resident(self) -> dict[str, int]:
         """What stays on the device all the time."""
-        t, n = self.training, self.shards
-        parts = {f"weights: {WEIGHT_LABELS[part]}": size // n for part, size in self.weights.items()}
-        if n > 1:
-            parts["gathered layers"] = 2 * (self.weights["language_model"] // self.model.text.layers)
+        t, n = self.training, self.sharding.shards
+        parts = {f"weights: {WEIGHT_LABELS[part]}": self.sharding.at_rest(part, size) for part, size in self.weights.items()}
         parts |= {
             "adapters": t.adapters // n,
             "float32 copies of weights": t.masters // n,
             "optimizer state": t.state // n,
-            "gradient buckets": self.buckets // n,
+            "gradient buckets": self.buckets,
             "workspaces": measured.WORKSPACE_BYTES,
         }
         return {name: size for name, size in parts.items() if size}
@@ -202,28 +201,37 @@ class _Moments:
         base = {**self.resident, "packs": self._packs(pack)}
         before = self._gradients_before()
         if pack.patches:
-            yield Moment("tower, forward", {**base, "gradients": before, "activations: tower": tower + self._tower_forward(pack)})
+            gathered = self.sharding.while_used("block", forward=True)
+            yield Moment(
+                "tower, forward", {**base, **gathered, "gradients": before, "activations: tower": tower + self._tower_forward(pack)}
+            )
         kept, last = self._kept_of_others(pack), self._last_layer(pack)
         rotary = 2 * pack.tokens * self.model.text.head_size * self.execution.width
         shared = {**base, "activations: tower": tower}
         text = {**shared, "activations: language model": kept + last + rotary}
         features = 0 if self.tower_trains else self._features(pack)
+        last_forward = {"gradients": before, "visual features": features, "working memory": self._forward_working(pack)}
+        yield Moment("forward, last layer", {**text, **self.sharding.while_used("layer", forward=True), **last_forward})
+        at_head = {**text, "gradients": before}
         yield Moment(
-            "forward, last layer", {**text, "gradients": before, "visual features": features, "working memory": self._forward_working(pack)}
+            "log-probabilities", {**at_head, **self.sharding.while_used("lm_head", forward=True), "working memory": self._logprobs(pack)}
         )
-        yield Moment("log-probabilities", {**text, "gradients": before, "working memory": self._logprobs(pack)})
-        yield Moment("backward, last layer", {**text, "gradients": before, "working memory": self._last_backward(pack)})
+        yield Moment(
+            "backward, last layer", {**at_head, **self.sharding.while_used("lm_head"), "working memory": self._last_backward(pack)}
+        )
         one, working = self._layer_again(pack), self._layer_backward(pack)
         top, bottom = self._gradients_at_top(before), self._gradients_in_full()
         if layers > 1:
-            remaining = {**shared, "activations: language model": kept + one + rotary}
-            yield Moment("backward, upper layer", {**remaining, "gradients": top, "working memory": working})
+            layer = {**shared, **self.sharding.while_used("layer"), "working memory": working}
+            yield Moment("backward, upper layer", {**layer, "activations: language model": kept + one + rotary, "gradients": top})
             lowest = self._kept_of_one(pack) + one + rotary
-            yield Moment(
-                "backward, lowest layer", {**shared, "activations: language model": lowest, "gradients": bottom, "working memory": working}
-            )
+            yield Moment("backward, lowest layer", {**layer, "activations: language model": lowest, "gradients": bottom})
         if self.tower_trains and pack.patches:
-            yield Moment("backward, tower", {**shared, "gradients": bottom, "working memory": self._tower_backward(pack)})
+            block = {**shared, **self.sharding.while_used("block")}
+            yield Moment("backward, tower", {**block, "gradients": bottom, "working memory": self._tower_backward(pack)})
+        if self.sharding.shards > 1:
+            for unit in SUMMED_LAST:
+                yield Moment(f"gradients of the {unit}", {**base, **self.sharding.while_used(unit), "gradients": bottom})
 
     def _packs(self, pack: PackSizes) -> int:
         """Bytes of this pack and of those moved ahead of their use."""
@@ -411,14 +419,15 @@ class _Moments:
     def _gradients_at_rest(self) -> int:
         """All gradients between two packs."""
         t = self.training
-        return (t.collected or t.gradients) // self.shards
+        return self.sharding.gradients_of(t.collected or t.gradients, root_is_there=False)
 
     def _gradients_at_top(self, before: int) -> int:
         """As the backward pass leaves the uppermost layers: the vocabulary matrix's gradient, where it trains, is there."""
         if self.releases or self.recipe.tuning.method != "full" or not self.recipe.tuning.finetune_language_layers:
             return before
         t = self.model.text
-        return max(before, before + t.vocabulary * t.hidden * self.execution.width // self.shards)
+        size = t.vocabulary * t.hidden * self.execution.width
+        return before + (size if t.tied else size // self.sharding.shards)
 
     def _gradients_in_full(self) -> int:
         """At the end of the backward pass: this pack's beside those collected before."""
@@ -426,7 +435,7 @@ class _Moments:
             return self.training.largest_gradient
         t = self.training
         collected = t.collected if self.sizes.most_packs > 1 else 0
-        return (collected + t.gradients) // self.shards
+        return self.sharding.gradients_of(collected + t.gradients, root_is_there=True)
 
     def update(self) -> Moment:
         """The optimizer's step."""

@@ -14,7 +14,7 @@ from finesight.models.compilation import compiles_well
 from finesight.planner.activations import Execution
 from finesight.planner.calibration import CONTEXT_BYTES
 from finesight.planner.catalogue import find_shape
-from finesight.planner.fit import Situation, as_stored, choose_policy, remedies
+from finesight.planner.fit import Situation, as_stored, choose_policy, gpus_that_fit, remedies
 from finesight.planner.gpus import Gpu, find_gpu
 from finesight.planner.plan import MemoryPlan
 from finesight.planner.shapes import ModelShape, shape_of
@@ -118,7 +118,7 @@ def decide(situation: Situation, recipe: Recipe, *, force: bool = False) -> Memo
     """
     plan = choose_policy(situation, recipe)
     if not force and not plan.fits(situation.available_bytes):
-        raise PlanError(refusal(plan, situation.available_bytes, remedies(situation, recipe)))
+        raise PlanError(refusal(plan, situation.available_bytes, remedies(situation, recipe), gpus_that_fit(situation, recipe)))
     return plan
 
 

@@ -8,6 +8,7 @@ import random
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from finesight.errors import FinesightError, ModelError, RecipeError
 from finesight.models.adapter_metadata import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
-from finesight.models.load import LoadedModel, load_model
+from finesight.models.load import LoadedModel
 from finesight.models.packed import PackedModel
 from finesight.models.parameters import ParameterCounts, count_parameters
 from finesight.models.tuning_notes import thinking_warning
@@ -48,6 +49,7 @@ from finesight.training.optimizer import StepOptimizer
 from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
+from finesight.training.processes import load_for_training, over_processes, refuse_to_share_alone
 from finesight.training.rollout_engine import rollout_engine
 from finesight.training.rollout_shares import Processes
 from finesight.training.rollout_source import RolloutSource
@@ -59,7 +61,7 @@ from finesight.training.state import TrainerState, data_fingerprint
 from finesight.training.telemetry import Telemetry, counted, duration
 from finesight.training.trackers import LOGS, flat_settings, tracker_arguments
 from finesight.training.validation import HeldOutValidation
-from finesight.training.weights import save_weights, weights_folder
+from finesight.training.weights import gather_weights, save_weights, weights_folder
 
 
 @dataclass(eq=False)
@@ -73,7 +75,7 @@ class RunResult:
     stop_reason: StopReason
     plan: Plan
     parameters: ParameterCounts
-    model: PreTrainedModel | PeftModel = field(repr=False)  # as it is in memory at the end
+    model: PreTrainedModel | PeftModel = field(repr=False)  # as it is in memory at the end; under training.sharding only a part of it
     processor: Processor = field(repr=False)
 
     @property
@@ -99,6 +101,7 @@ def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | N
     use_expandable_segments()
     # accelerate keeps its state for the whole process; a second run in it may want other settings.
     AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
+    refuse_to_share_alone(recipe.training, int(os.environ.get("WORLD_SIZE", "1")))
     if recipe.training.gradient_release and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
             "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
@@ -169,7 +172,7 @@ class Session:
         )
         self.steady_tokens = STEADY_TOKENS if compiled else None
         self.kept = keep_features(prepared, self.plan, self.packed, accelerator, self._say)
-        self.wrapped = accelerator.prepare_model(self.packed)
+        self.wrapped = over_processes(self.packed, accelerator, self.recipe.training)
         self.optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
         self._refuse_rows_that_train_nothing()
         self._refuse_release()
@@ -212,8 +215,7 @@ class Session:
 
     def _load(self) -> LoadedModel:
         self._say(f"Loading {self.recipe.model.name_or_path}")
-        going_on = self.recipe.model.adapter is not None
-        return load_model(self.recipe.model, data=self.recipe.data, device=self.accelerator.device, train_adapter=going_on)
+        return load_for_training(self.recipe, self.accelerator.device)
 
     def _refuse_rows_that_train_nothing(self) -> None:
         """Where only tower and merger train, a pack of text alone has no gradient, for which other processes would wait."""
@@ -417,8 +419,9 @@ class Session:
                 measured = "loss" if self.recipe.grpo is None else "reward"
                 self._say(f"Weights of step {state.best_step}, held-out {measured} {state.best_metric:.4f}")
             weights_dir = self.output_dir / name
+            weights = gather_weights(self.model, keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
-                write_folder(weights_dir, self._fill)
+                write_folder(weights_dir, partial(self._fill, weights))
         self.model.eval()
         self.packed.tower_place.present()
         if self.kept is not None:  # up to a quarter of the memory that was free
@@ -446,8 +449,8 @@ class Session:
     def _save_adapter(self, folder: Path) -> None:
         save_weights(self.model, folder, self.metadata, self.prepared.processor)
 
-    def _fill(self, folder: Path) -> None:
-        save_weights(self.model, folder, self.metadata, self.prepared.processor)
+    def _fill(self, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
+        save_weights(self.model, folder, self.metadata, self.prepared.processor, weights)
         (folder / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
 
     def _write_report(self) -> None:

@@ -35,6 +35,7 @@ _FREE_TO_CHANGE = frozenset(
         "training.token_budget",
         "training.gradient_checkpointing",
         "training.mlp_chunk_tokens",
+        "training.sharding",
         "training.logging_steps",
         "training.save_strategy",
         "training.save_steps",

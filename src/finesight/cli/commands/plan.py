@@ -19,6 +19,7 @@ def plan(
         str | None, typer.Option(help="Memory to fit, such as 16GiB; with --gpu-name in place of the card's own.", show_default=False)
     ] = None,
     gpu_name: Annotated[str | None, typer.Option(help="Card to fit, such as 'RTX 4090'.", show_default=False)] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together; the plan is that of each.")] = 1,
     search: Annotated[bool, typer.Option("--fit", help="Search for the fastest settings that fit.")] = False,
     write: Annotated[Path | None, typer.Option(help="With --fit: recipe to write; never overwritten.", show_default=False)] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the largest pack, without reading data.", show_default=False)] = None,
@@ -42,6 +43,7 @@ def plan(
         tokens=tokens,
         pixels=pixels,
         search=search,
+        gpus=gpus,
         console=Console(stderr=True),
     )
     available, fitted = outcome.target.available_bytes, outcome.fitted
@@ -53,7 +55,7 @@ def plan(
             content["fitted"] = {"settings": dict(fitted.settings), **to_dict(fitted.plan, available)}
         typer.echo(json.dumps(content, indent=2))
     else:
-        show(console, outcome.plan, available, outcome.changes, outcome.target.label)
+        show(console, outcome.plan, available, outcome.changes, outcome.target.label, outcome.more_gpus)
         if fitted is not None:
             console.print(f"\nFastest that fits: {fitted}", highlight=False, markup=False, soft_wrap=True)
             for line in (*heading(fitted.plan)[1:], str(verdict(fitted.plan, available, outcome.target.label))):
