@@ -44,7 +44,7 @@ from finesight.models.decoding import BLOCK_TOKENS, block_bytes, bundles_of, dec
 from finesight.models.packed import PackedModel
 from finesight.recipe import Recipe
 from finesight.recipe_files import load_recipe
-from finesight.sampling.drawing import draw_from_all, uniform_draws
+from finesight.sampling.drawing import uniform_draws
 from finesight.sampling.engine import DecodingEngine, answering
 from finesight.sampling.requests import EngineSize, Request, blocks_for
 from finesight.sampling.rows import Rows, StepKind
@@ -243,7 +243,7 @@ class DecodeBench:
             yield self._part({**common, "what": name}, measured)
 
     def _functions(self, engine: DecodingEngine, form: Form) -> dict[str, Callable[[], object]]:
-        """The forward pass; in the first form also what is the same in all of them."""
+        """The forward pass and drawing; in the first form also what is the same in all of them."""
         count, packed, config = self.a.rows, engine.packed, engine.packed.base.config.text_config
         rows = filled_rows(engine, self.prompts, self._settings(), count)
         rows.lengths.fill_(self.setting.prompt_tokens + self.setting.completion_tokens // 2)
@@ -264,12 +264,12 @@ class DecodeBench:
                 F.linear(inputs[linear.in_features], linear.weight)
 
         alike: dict[str, Callable[[], object]] = {
-            "drawing": lambda: draw_from_all(logits, rows.uniform[:, 0], rows.settings, rows.forbidden),
             "attention": attention,
             "products": products,
         }
         forward: dict[str, Callable[[], object]] = {
             "forward": lambda: engine.decoder.step(rows.tokens, rows.positions, rows.lengths, rows.table, rows.prompt_blocks)
+            "drawing": lambda: rows.draw_tokens(logits, rows.uniform[:, 0], rows.settings),
         }
         return forward if form != FORMS[0] else {**forward, **alike}
 
@@ -294,7 +294,8 @@ def filled_rows(engine: DecodingEngine, prompts: Sequence[Sample], settings: Sam
         values.normal_()
     forbidden = torch.tensor(sorted(engine.forbidden), device=engine.device)
     vocabulary = engine.packed.base.config.text_config.vocab_size
-    rows = Rows(count, blocks_for(engine.size.length_tokens), engine.size.completion_tokens, vocabulary, engine.device, forbidden)
+    table = blocks_for(engine.size.length_tokens)
+    rows = Rows(count, table, engine.size.completion_tokens, vocabulary, engine.device, forbidden, engine.draw_tokens)
     blocks = iter(range(1, engine.pool.blocks))  # block 0 is the idle one
     for place, prompt in enumerate(prompts):
         shared = list(islice(blocks, len(prompt) // BLOCK_TOKENS))

@@ -29,9 +29,10 @@ from finesight.data.pixels import patches_side_by_side
 from finesight.data.processor import Processor
 from finesight.data.sample import Sample
 from finesight.errors import ModelError
+from finesight.models.compilation import CompiledFunction
 from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, block_bytes
 from finesight.models.packed import PackedModel
-from finesight.sampling.drawing import uniform_draws
+from finesight.sampling.drawing import Draw, draw, uniform_draws
 from finesight.sampling.requests import Answer, EngineSize, Lane, Request, Token, asked_of, blocks_for
 from finesight.sampling.rows import MOST_TOP_LOGPROBS, Drawn, Flight, Rows, StepKind
 from finesight.sampling.text import TextStream, decode
@@ -69,7 +70,7 @@ class DecodingEngine:
         packed: on the device that it is to run on, in evaluation mode (see :func:`answering`) whenever `step` is called.
         forbidden: ids that are never drawn.
         use_adapter: puts an adapter to work by its name; None: the model is used as it is, whatever requests name.
-        compile_layers: compile what surrounds attention in a decoding step.
+        compile_layers: compile what surrounds attention in a decoding step, and drawing.
         say: is told if that fails.
     """
 
@@ -90,6 +91,7 @@ class DecodingEngine:
         text_config = packed.base.config.text_config
         self.pool = KeyValuePool(text_config, size.blocks, packed.compute_dtype, self.device)
         self.decoder = Decoder(packed, self.pool, compile_layers=compile_layers, say=say)
+        self.draw_tokens: Callable[..., Draw] = CompiledFunction(draw, say, what="Draws") if compile_layers else draw
         self._vocabulary: int = text_config.vocab_size
         self._use_adapter = use_adapter
         self._lanes: dict[str | None, Lane] = {}
@@ -186,7 +188,8 @@ class DecodingEngine:
         if lane is None:
             size = self.size
             forbidden = torch.tensor(sorted(self.forbidden), device=self.device)
-            rows = Rows(size.rows, blocks_for(size.length_tokens), size.completion_tokens, self._vocabulary, self.device, forbidden)
+            blocks = blocks_for(size.length_tokens)
+            rows = Rows(size.rows, blocks, size.completion_tokens, self._vocabulary, self.device, forbidden, self.draw_tokens)
             lane = self._lanes[adapter] = Lane(adapter, rows, [None] * size.rows)
             self._turn.append(lane)
         return lane

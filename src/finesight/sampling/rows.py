@@ -5,7 +5,7 @@ Shapes: B rows, M blocks of a row's table, S most tokens of an answer, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from finesight.models.decoding import BLOCK_TOKENS, Decoder
-from finesight.sampling.drawing import RowSettings, draw_from_all
+from finesight.sampling.drawing import Draw, RowSettings, draw, kept_tokens, likeliest_tokens, scores_of
 from finesight.sampling.types import SamplingSettings
 
 # Alternatives to a drawn token that can be asked for; what OpenAI's interface offers.
@@ -45,9 +45,19 @@ class Rows:
     Args:
         rows: B; blocks: M; steps: S; vocabulary: V.
         forbidden: ids that are never drawn.
+        draw_tokens: `drawing.draw`, compiled or not.
     """
 
-    def __init__(self, rows: int, blocks: int, steps: int, vocabulary: int, device: torch.device, forbidden: torch.Tensor) -> None:
+    def __init__(
+        self,
+        rows: int,
+        blocks: int,
+        steps: int,
+        vocabulary: int,
+        device: torch.device,
+        forbidden: torch.Tensor,
+        draw_tokens: Callable[..., Draw] = draw,
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -60,7 +70,7 @@ class Rows:
         self.top = min(MOST_TOP_LOGPROBS, vocabulary)
         self.top_tokens, self.top_logprobs = zeros(rows, self.top), zeros(rows, self.top, dtype=torch.float32)
         self.seen: torch.Tensor | None = None  # (B, V) bool, once a row has a penalty
-        self.forbidden, self.vocabulary, self.device = forbidden, vocabulary, device
+        self.forbidden, self.vocabulary, self.device, self.draw_tokens = forbidden, vocabulary, device, draw_tokens
 
     def clear(self, row: int) -> None:
         """An idle row: it goes on in the idle block, read by nobody."""
@@ -115,11 +125,19 @@ class Rows:
     def _draw(
         self, where: slice | torch.Tensor, logits: torch.Tensor, uniform: torch.Tensor, seen: torch.Tensor | None, kind: StepKind
     ) -> None:
+        """Writes what rows draw.
+
+        Args:
+            logits: (B, V), nobody else's; those of forbidden tokens are overwritten.
+        """
         settings = self.settings.of(where)
-        token, logprobs = draw_from_all(logits, uniform, settings, self.forbidden, seen=seen, truncate=kind.truncates)
-        self.tokens[where], self.logprobs[where] = token, logprobs.gather(1, token[:, None]).squeeze(1)
-        if kind.alternatives:
-            self.top_logprobs[where], self.top_tokens[where] = logprobs.topk(self.top, dim=-1)
+        logits.index_fill_(1, self.forbidden, -torch.inf)
+        scores = scores_of(logits, settings, seen) if kind.truncates or kind.alternatives else None
+        kept = kept_tokens(scores, settings) if kind.truncates and scores is not None else None
+        drawn = self.draw_tokens(logits, uniform, settings, seen, kept)
+        self.tokens[where], self.logprobs[where] = drawn.token, drawn.logprob
+        if kind.alternatives and scores is not None:
+            self.top_logprobs[where], self.top_tokens[where] = likeliest_tokens(scores, drawn, self.top)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
