@@ -56,17 +56,18 @@ def few_rows_products(
     outs = [torch.empty(rows, size, dtype=x.dtype, device=x.device) for size in sizes]
     partial = x.new_empty((parts, ends[-1], tiles.outputs, row_block) if joined else 0, dtype=torch.float32)
     left = x.new_empty((parts, adapters, rank_block, row_block), dtype=torch.float32)
-    shapes = (rows, *_padded(sizes), *_padded([down.shape[0] for down in downs] if rank else [0]), *_padded(ends), adapters)
+    shapes = (rows, *_padded(sizes), *_padded([down.shape[0] for down in downs] if rank else [0]), adapters)
     results = (*_padded(biases), *_padded(outs))
     _stream_kernel[adapters + ends[-1], parts](
-        x, *_padded(weights), *_padded(downs if rank else weights), *results, partial, left, *shapes, inputs, part_inputs,
+        x, *_padded(weights), *_padded(downs if rank else weights), *results, partial, left, *shapes, *_padded(ends), inputs, part_inputs,
         ROWS=row_block, OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, RANKS=rank_block, ADAPTED=rank > 0, JOINED=joined,
         EVEN=inputs % tiles.inputs == 0, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if joined:
         _join_kernel[(triton.cdiv(ends[-1] * tiles.outputs, _JOINED_OUTPUTS),)](
             partial, left, *_padded(ups if rank else weights), *results, *_padded([float(s) for s in scales] if rank else [1.0]), *shapes,
-            ROWS=row_block, OUTPUTS=tiles.outputs, JOINED_OUTPUTS=_JOINED_OUTPUTS, RANKS=rank_block, ADAPTED=rank > 0, PARTS=parts, num_warps=4,
+            *_padded([end * tiles.outputs for end in ends]),
+            ROWS=row_block, JOINED_OUTPUTS=_JOINED_OUTPUTS, RANKS=rank_block, ADAPTED=rank > 0, PARTS=parts, num_warps=4,
         )  # fmt: skip
     return outs
 
@@ -77,13 +78,13 @@ def _padded(items: Sequence[Any]) -> list[Any]:
 
 
 # Not specialised: kernels would be compiled anew for a single row, or for numbers that 16 happens to divide.
-_COUNTS = ["rows", "rank_0", "rank_1", "rank_2", "end_0", "end_1", "end_2", "adapters"]
+_COUNTS = ["rows", "adapters", "end_0", "end_1", "end_2"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _stream_kernel(
     x, weight_0, weight_1, weight_2, down_0, down_1, down_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, partial, left,
-    rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, end_0, end_1, end_2, adapters, inputs, part_inputs,
+    rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, adapters, end_0, end_1, end_2, inputs, part_inputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, JOINED: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -122,28 +123,26 @@ def _stream_kernel(
 @triton.jit(do_not_specialize=_COUNTS)
 def _join_kernel(
     partial, left, up_0, up_1, up_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, scale_0, scale_1, scale_2,
-    rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, end_0, end_1, end_2, adapters,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, JOINED_OUTPUTS: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, PARTS: tl.constexpr,
+    rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, adapters, end_0, end_1, end_2,
+    ROWS: tl.constexpr, JOINED_OUTPUTS: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of one layer: the sum over all parts, B's share, the bias."""
+    """Some outputs of one layer: the sum over all parts, B's share, the bias. Ends are of lines here, not of tiles."""
     line = tl.program_id(0) * JOINED_OUTPUTS
-    tile = line // OUTPUTS
-    lines = end_2 * OUTPUTS
     places = (line + tl.arange(0, JOINED_OUTPUTS))[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     total = tl.load(partial + places)
     for part in tl.static_range(1, PARTS):
-        total += tl.load(partial + tl.cast(part * lines, tl.int64) * ROWS + places)
-    if tile < end_0:
+        total += tl.load(partial + tl.cast(part * end_2, tl.int64) * ROWS + places)
+    if line < end_0:
         if ADAPTED:
             total = _add_delta(total, left, up_0, scale_0, line, size_0, rank_0, 0, adapters, out_0, ROWS, JOINED_OUTPUTS, RANKS, PARTS)
         _finish(total, bias_0, out_0, line, size_0, rows, ROWS, JOINED_OUTPUTS)
-    elif tile < end_1:
-        first = line - end_0 * OUTPUTS
+    elif line < end_1:
+        first = line - end_0
         if ADAPTED:
             total = _add_delta(total, left, up_1, scale_1, first, size_1, rank_1, 1, adapters, out_1, ROWS, JOINED_OUTPUTS, RANKS, PARTS)
         _finish(total, bias_1, out_1, first, size_1, rows, ROWS, JOINED_OUTPUTS)
     else:
-        first = line - end_1 * OUTPUTS
+        first = line - end_1
         if ADAPTED:
             total = _add_delta(total, left, up_2, scale_2, first, size_2, rank_2, 2, adapters, out_2, ROWS, JOINED_OUTPUTS, RANKS, PARTS)
         _finish(total, bias_2, out_2, first, size_2, rows, ROWS, JOINED_OUTPUTS)
