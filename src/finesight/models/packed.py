@@ -301,7 +301,7 @@ def run_attention(
     mixed = mixed.flatten(1)
     if rows is not None:
         mixed, hidden = mixed.index_select(0, rows), hidden.index_select(0, rows)
-    return hidden + layer.self_attn.o_proj(mixed)
+    return hidden + project([layer.self_attn.o_proj], mixed)[0]
 
 
 def attention_inputs(
@@ -320,7 +320,7 @@ def attention_inputs(
 
 def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     """What follows attention: output projection and MLP, each added to the residual stream; (T, D)."""
-    return run_mlp(layer, hidden + layer.self_attn.o_proj(mixed))
+    return run_mlp(layer, hidden + project([layer.self_attn.o_proj], mixed)[0])
 
 
 def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -343,4 +343,4 @@ def _run_mlp(mlp: nn.Module, states: torch.Tensor) -> torch.Tensor:
             return mlp.experts(states, chosen, weights)  # which leads to the same
         return run_experts(mlp.experts, states, chosen, weights)
     gate, up = project([mlp.gate_proj, mlp.up_proj], states)
-    return mlp.down_proj(mlp.act_fn(gate) * up)
+    return project([mlp.down_proj], mlp.act_fn(gate) * up)[0]
