@@ -44,7 +44,7 @@ def rows(kind: Kind, count: int, *, seed: int = 0, per_image: int = 1) -> list[R
     rng = random.Random(seed)
     made: list[Row] = []
     while len(made) < count:
-        image = _draw(rng.choice(CHART_SIZES if kind == "chart" else PHOTO_SIZES), rng)
+        image = draw(rng.choice(CHART_SIZES if kind == "chart" else PHOTO_SIZES), rng)
         for _ in range(per_image):
             question = _words(rng, 12, 24) + "?"
             if kind == "chart":
@@ -66,7 +66,7 @@ def _words(rng: random.Random, fewest: int, most: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(fewest, most)))
 
 
-def _draw(size: tuple[int, int], rng: random.Random) -> Image.Image:
+def draw(size: tuple[int, int], rng: random.Random) -> Image.Image:
     image = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(image)
     width, height = size

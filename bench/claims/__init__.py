@@ -26,6 +26,8 @@ NAMES = (
     "profile",
     "memory",
     "memory_peers",
+    "grpo_step",
+    "serve",
 )
 
 
