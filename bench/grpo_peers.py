@@ -73,6 +73,9 @@ def trainer_settings(a: argparse.Namespace) -> dict[str, Any]:
 
 def trl_trainer(a: argparse.Namespace) -> Any:
     """As in TRL's example of GRPO with a vision-language model."""
+    from bench.torchvision_on_cpu import stand_in
+
+    stand_in()
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor

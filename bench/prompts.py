@@ -66,6 +66,11 @@ def data_url(row: Row) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
+def special_ids(processor: Processor) -> tuple[int, ...]:
+    """All tokens that mean something besides text."""
+    return tuple(sorted(processor.tokenizer.added_tokens_decoder))
+
+
 def _question(tokens: int, processor: Processor, rng: random.Random) -> str:
     """Words, and digits to fill up: in the vocabularies of Qwen a digit is a token of its own, whatever stands beside it."""
     if tokens < 1:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import steps_report
 from bench.claim import DEFAULT_MODEL, RESULTS, Claim, Finding, say
 from bench.claims import NAMES, claim_of
 from bench.machine import CHECKOUT
@@ -239,6 +240,8 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "exactness": _exactness,
     "adapter_cost": _adapter_costs,
     "memory": _memory,
+    "grpo_step": lambda measured: table(*steps_report.grpo_steps(measured)),
+    "serve": lambda measured: table(*steps_report.serving(measured)),
 }
 
 

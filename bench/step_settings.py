@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.prompts import prompts
 from bench.rows import Row
 from bench.workload import Row as Prompt
 
@@ -43,6 +42,8 @@ def pinned(a: argparse.Namespace) -> Row:
 
 def prompts_of(a: argparse.Namespace, checkpoint: Path) -> list[Prompt]:
     """A prompt is asked once: each step has prompts of its own."""
+    from bench.prompts import prompts  # needs transformers, which Unsloth wants to change before
+
     return prompts(a.prompts * a.steps, checkpoint, image_tokens=a.image_tokens, text_tokens=a.text_tokens)
 
 

@@ -28,6 +28,7 @@ NAMES = (
     "memory_peers",
     "grpo_step",
     "serve",
+    "serve_cpu",
 )
 
 
