@@ -111,7 +111,11 @@ def unsloth_trainer(a: argparse.Namespace) -> Any:
     if not a.no_gc:
         del settings["gradient_checkpointing"]  # its own, put in place above
     return GRPOTrainer(
-        model=model, processing_class=processor, reward_funcs=[share_of_even_tokens], train_dataset=dataset_of(a), args=GRPOConfig(**settings)
+        model=model,
+        processing_class=processor,
+        reward_funcs=[share_of_even_tokens],
+        train_dataset=dataset_of(a),
+        args=GRPOConfig(**settings),
     )
 
 
@@ -166,7 +170,9 @@ def figures(a: argparse.Namespace, trainer: Any, clock: Clock, load_s: float) ->
         **memory,
     }
     if set(lengths) != {(a.completion_tokens, a.completion_tokens)}:
-        return failed(row, f"not comparable: shortest and longest completions of its steps have {lengths} tokens in place of {a.completion_tokens}")
+        return failed(
+            row, f"not comparable: shortest and longest completions of its steps have {lengths} tokens in place of {a.completion_tokens}"
+        )
     if row["tokens_counted"] != a.steps * step_tokens(a):
         return failed(row, f"not comparable: it counts {row['tokens_counted']} tokens, where {a.steps * step_tokens(a)} were asked for")
     return row

@@ -97,4 +97,3 @@ def _check(row: Row, encoder: Encoder, image_tokens: int, text_tokens: int) -> N
             f"a prompt has {visual} visual tokens and {len(sample) - visual} of text in place of {image_tokens} and {text_tokens}: "
             "the checkpoint's pixel limits or its vocabulary do not allow them"
         )
-

@@ -79,7 +79,12 @@ class Client:
         """Request `number`, in the form that the server takes."""
         url, question = self.asked[number % len(self.asked)]
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": tokens}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "stream": True,
+            "max_tokens": tokens,
+        }
         if self.system == "ours":
             return {**body, "temperature": 1.0, "stream_options": {"include_usage": True}}
         drawing = {
@@ -172,7 +177,17 @@ def server(a: argparse.Namespace) -> Iterator[int]:
     """
     port = _free_port()
     if a.system == "ours":
-        command = ["-m", "bench.endless_server", str(a.checkpoint), "--port", str(port), "--rows", str(max(a.streams)), "--device", a.device]
+        command = [
+            "-m",
+            "bench.endless_server",
+            str(a.checkpoint),
+            "--port",
+            str(port),
+            "--rows",
+            str(max(a.streams)),
+            "--device",
+            a.device,
+        ]
     else:
         command = ["-m", "bench.transformers_server", str(a.checkpoint), "--host", "127.0.0.1", "--port", str(port), "--device", a.device]
         command += ["--compile"] if a.compile else []

@@ -12,7 +12,16 @@ _NAMES = {"finesight": "ours", "ours": "ours", "trl": "TRL", "unsloth": "Unsloth
 
 def grpo_steps(measured: Sequence[Row]) -> Table:
     """Whole steps: how long, how much memory, and how far sampler and update are apart."""
-    head = ["system", "setting", "seconds a step", "completions/s", "of it sampling, s", "peak GiB", "sampler off update, mean", "trainable"]
+    head = [
+        "system",
+        "setting",
+        "seconds a step",
+        "completions/s",
+        "of it sampling, s",
+        "peak GiB",
+        "sampler off update, mean",
+        "trainable",
+    ]
     lines = []
     for row in measured:
         if row.get("failed"):
