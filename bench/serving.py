@@ -2,6 +2,7 @@
 
     python -m bench.serving ours CHECKPOINT_DIR --streams 1 16 64
     python -m bench.serving transformers CHECKPOINT_DIR --streams 1 16 64
+    python -m bench.serving both CHECKPOINT_DIR --turns 3 --device cpu     # in turns, where other programs share the machine
 
 Either server runs in a process of its own on the same checkpoint: ours, and `transformers serve`. A stream sends one request after
 another, each about an image of its own, and reads the answer as it comes. All answers have the same number of tokens: ours never
@@ -22,8 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ class Client:
         images: data URLs; texts: the questions, as many.
     """
 
-    def __init__(self, a: argparse.Namespace, port: int) -> None:
-        self.system, self.port = a.system, port
+    def __init__(self, a: argparse.Namespace, system: str, port: int) -> None:
+        self.system, self.port = system, port
         self.asked = [(data_url(row), row.question) for row in _prompts(a)]
-        self.model = "measured" if a.system == "ours" else str(a.checkpoint)
+        self.model = "measured" if system == "ours" else str(a.checkpoint)
         self.special = list(special_ids(load_processor(a.checkpoint)))
 
     def body(self, number: int, tokens: int) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def _prompts(a: argparse.Namespace) -> list[Any]:
 
 
 @contextmanager
-def server(a: argparse.Namespace) -> Iterator[int]:
+def server(a: argparse.Namespace, system: str) -> Iterator[int]:
     """The server in a process of its own, listening; its port.
 
     Raises:
@@ -226,27 +227,49 @@ def _wait(process: subprocess.Popen[bytes], port: int) -> None:
     raise ValueError(f"the server did not listen within {_START_LIMIT_S:.0f} s")
 
 
-def figures(answers: list[Answered], asked: int) -> Row:
-    """Rates and waits of a round."""
-    begun, ended = min(answer.asked_at for answer in answers), max(answer.ended_at for answer in answers)
-    tokens = sum(answer.tokens for answer in answers)
+def figures(turns: Sequence[Sequence[Answered]], asked: int) -> Row:
+    """Rates and waits over the rounds of one server at one number of streams."""
+    seconds = sum(max(answer.ended_at for answer in turn) - min(answer.asked_at for answer in turn) for turn in turns)
+    answers = [answer for turn in turns for answer in turn]
     return {
-        "tokens_s": significant(tokens / (ended - begun)),
+        "tokens_s": significant(sum(answer.tokens for answer in answers) / seconds),
         "answers": len(answers),
         "asked": asked,
-        "seconds": round(ended - begun, 3),
+        "seconds": round(seconds, 3),
         "first_token_s": significant(statistics.median(answer.first_at - answer.asked_at for answer in answers)),
         "answer_s": significant(statistics.median(answer.ended_at - answer.asked_at for answer in answers)),
     }
 
 
+def measure(a: argparse.Namespace, systems: Sequence[str]) -> Iterator[Row]:
+    """A row for each number of streams and each server, all of which run until the end.
+
+    Raises:
+        ValueError: a server did not start, or a request failed.
+    """
+    with ExitStack() as running:
+        clients = [Client(a, system, running.enter_context(server(a, system))) for system in systems]
+        for streams in a.streams:
+            turns: dict[str, list[list[Answered]]] = {client.system: [] for client in clients}
+            for turn in range(a.turns):
+                for client in clients:
+                    if turn == 0:
+                        # Ours captures a graph for each number of rows; the other computes one request after another, however many wait.
+                        client.round(streams if client.system == "ours" else 1, 1, _WARM_TOKENS, _WARM_LIMIT_S)
+                    turns[client.system].append(client.round(streams, a.requests, a.answer_tokens, a.limit))
+            for client in clients:
+                about = {"system": client.system, "system_version": versions().get(client.system), "streams": streams, "turns": a.turns}
+                yield {**about, **figures(turns[client.system], a.turns * streams * a.requests)}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("system", choices=(*SYSTEMS, "both"))
     parser.add_argument("checkpoint", type=Path, help="folder written by bench.checkpoint, with weights")
     parser.add_argument("--model", help="name of the model, for the result; else the folder's")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--requests", type=int, default=2, help="of each stream, one after another")
+    parser.add_argument("--turns", type=int, default=1, help="rounds at each number of streams; the servers take turns")
     parser.add_argument("--image-tokens", type=int, default=1024)
     parser.add_argument("--text-tokens", type=int, default=100, help="of a prompt, what the template writes included")
     parser.add_argument("--answer-tokens", type=int, default=128)
@@ -257,7 +280,6 @@ def main(arguments: list[str] | None = None) -> None:
     row: Row = {
         "row": "serve",
         "system": a.system,
-        "system_version": versions().get(a.system),
         "model": a.model or a.checkpoint.name,
         "precision": "float32" if a.device == "cpu" else "bf16",
         "image_tokens": a.image_tokens,
@@ -267,13 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     try:
         stand_in()
-        with server(a) as port:
-            client = Client(a, port)
-            for streams in a.streams:
-                # Ours captures a graph for each number of rows; the other computes one request after another, however many wait.
-                client.round(streams if a.system == "ours" else 1, 1, _WARM_TOKENS, _WARM_LIMIT_S)
-                answers = client.round(streams, a.requests, a.answer_tokens, a.limit)
-                emit({**row, "streams": streams, **figures(answers, streams * a.requests)})
+        for found in measure(a, SYSTEMS if a.system == "both" else (a.system,)):
+            emit({**row, **found})
     except Exception as error:  # one setting of many: the others go on
         emit(failed(row, error))
 

@@ -11,6 +11,7 @@ from bench.checkpoint import write_processor
 from bench.claims import claim_of
 from bench.prompts import as_conversation, data_url, prompts, special_ids
 from bench.rewards import share_of_even_tokens
+from bench.rows import significant
 
 from finesight.data.encode import Encoder
 from finesight.data.processor import load_processor
@@ -113,7 +114,8 @@ def test_tables_have_a_line_for_each_row() -> None:
 
 def test_rates_are_over_what_was_answered() -> None:
     answers = [serving.Answered(0.0, 0.5, 2.0, 10), serving.Answered(1.0, 2.0, 5.0, 10)]
-    assert serving.figures(answers, 3)["tokens_s"] == 4.0
+    assert serving.figures([answers[:1], answers[1:]], 3)["tokens_s"] == significant(20 / 6)
+    assert serving.figures([answers], 3)["tokens_s"] == 4.0
 
 
 def test_special_tokens_are_told_from_text(processor_folder: Path) -> None:
