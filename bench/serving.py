@@ -177,7 +177,7 @@ def server(a: argparse.Namespace, system: str) -> Iterator[int]:
         ValueError: it did not begin to listen.
     """
     port = _free_port()
-    if a.system == "ours":
+    if system == "ours":
         command = [
             "-m",
             "bench.endless_server",

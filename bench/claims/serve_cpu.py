@@ -9,7 +9,7 @@ STREAMS = (1, 8, 32)
 
 
 _ARGUMENTS = (
-    "both", "{checkpoint}", "--model", "{model}", "--device", "cpu", "--streams", *map(str, STREAMS), "--turns", "3", "--limit", "10",
+    "both", "{checkpoint}", "--model", "{model}", "--device", "cpu", "--streams", *map(str, STREAMS), "--turns", "3", "--limit", "60",
     "--image-tokens", "16", "--answer-tokens", "64", "--requests", "2",
 )  # fmt: skip
 
