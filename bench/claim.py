@@ -33,16 +33,22 @@ from bench.rows import Row
 RESULTS = CHECKOUT / "bench" / "results"
 DEFAULT_MODEL = "qwen3-vl-8b"
 TINY_MODEL = "tiny-qwen3-vl"
+PEERS = ("bench.peers", "bench.grpo_peers")  # run with all of the peers' archive
+_READ_WEIGHTS = (*PEERS, "bench.serving")
 # Seconds that one setting may take, and all of a call: what runs longer is recorded as failed, the rest as not measured.
 RUN_LIMIT_S = 300.0
 CALL_LIMIT_S = 570.0
 
+_TINY_STEP = ("--prompts", "2", "--generations", "4", "--image-tokens", "16", "--completion-tokens", "8", "--steps", "3", "--warm", "1")
 _TINY_TRAINING = ("--device", "cpu", "--batch", "4", "--budget", "2048", "--workers", "0", "--steps", "2", "--warm", "1")
 # Appended to the arguments of a script where it is only tried, on a CPU.
 TINY_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "bench.sft": _TINY_TRAINING,
     "bench.profile_step": (*_TINY_TRAINING, "--steps", "3"),
     "bench.peers": ("--cpu", "--batch", "2", "--accumulation", "2", "--steps", "2", "--warm", "1", "--workers", "0"),
+    "bench.grpo_step": ("--device", "cpu", *_TINY_STEP),
+    "bench.grpo_peers": ("--cpu", "--batch", "4", *_TINY_STEP),
+    "bench.serving": ("--device", "cpu", "--streams", "1", "2", "--image-tokens", "16", "--answer-tokens", "8", "--requests", "2"),
     "bench.roofline": ("--device", "cpu", "--tokens", "32", "--size", "32", "--copy-bytes", "65536"),
     "bench.exactness": ("--device", "cpu", "--samples", "2", "--budget", "2048"),
     "bench.adapter_cost": ("--device", "cpu", "--batch", "4", "--budget", "2048"),
@@ -71,7 +77,7 @@ class Run:
 
     @property
     def needs_weights(self) -> bool:
-        return self.module == "bench.peers" or "--load" in self.arguments
+        return self.module in _READ_WEIGHTS or "--load" in self.arguments
 
 
 def ours(label: str, *arguments: str, **options: Any) -> Run:
@@ -115,6 +121,7 @@ class Claim:
     runs: tuple[Run, ...]
     judge: Callable[[Rows], list[Finding]]
     note: str = ""  # what a reader must know of how it was measured
+    model: str = DEFAULT_MODEL  # that it is about
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         """What rows say; failed ones count as missing."""
@@ -130,12 +137,12 @@ class Runner:
 
     def __init__(self, claim: Claim, a: argparse.Namespace) -> None:
         self.claim, self.a = claim, a
-        self.model = TINY_MODEL if a.tiny else a.model
+        self.model = TINY_MODEL if a.tiny else a.model or claim.model
         self.stop_at = time.monotonic() + a.time_limit
         work = Path(tempfile.gettempdir())
         self.checkpoint = a.checkpoint or work / f"finesight-bench-{self.model}"
         self.scratch = work / f"finesight-bench-scratch-{os.getpid()}"
-        suffix = "" if self.model == DEFAULT_MODEL else f"-{self.model}"
+        suffix = "" if self.model == claim.model else f"-{self.model}"
         self.path: Path = a.results / f"{claim.name}{suffix}.json"
         self.rows: list[Row] = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
 
@@ -157,7 +164,7 @@ class Runner:
     def arguments(self, run: Run) -> list[str]:
         """The arguments of a run as they are given to its script."""
         places = {"{model}": self.model, "{checkpoint}": str(self.checkpoint), "{scratch}": str(self.scratch), "{bpe}": str(self.a.bpe)}
-        further = shlex.split(self.a.ours) if run.module != "bench.peers" else shlex.split(self.a.theirs)
+        further = shlex.split(self.a.ours) if run.module not in PEERS else shlex.split(self.a.theirs)
         given = [*run.arguments, *further]
         if self.a.tiny:
             given = [argument for argument in given if argument not in _NOT_TINY] + [*TINY_ARGUMENTS[run.module], *run.tiny]
@@ -166,7 +173,7 @@ class Runner:
     def _measure(self, run: Run) -> None:
         key = {
             "module": run.module,
-            "arguments": [*run.arguments, *shlex.split(self.a.theirs if run.module == "bench.peers" else self.a.ours)],
+            "arguments": [*run.arguments, *shlex.split(self.a.theirs if run.module in PEERS else self.a.ours)],
         }
         found = None if run.repeats or self.a.fresh else self._measured_before(run, key)
         if found is not None:
@@ -200,9 +207,7 @@ class Runner:
         model = self.model if any("{model}" in argument for argument in run.arguments) else None
         for path in sorted(self.a.results.glob("*.json")):
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            found = next(
-                (row for row in rows if "module" in row and _is_same(row, key, model, here, theirs=run.module == "bench.peers")), None
-            )
+            found = next((row for row in rows if "module" in row and _is_same(row, key, model, here, theirs=run.module in PEERS)), None)
             if found is None:
                 continue
             same = [row for row in rows if row["label"] == found["label"]]
@@ -227,9 +232,9 @@ class Runner:
 
     def _environment(self, run: Run) -> dict[str, str]:
         site = []
-        if self.a.peers and (run.module == "bench.peers" or run.packages):
+        if self.a.peers and (run.module in PEERS or run.packages):
             whole = _site(self.a.peers)
-            site = [str(whole if run.module == "bench.peers" else _part_of_site(whole, run.packages))]
+            site = [str(whole if run.module in PEERS else _part_of_site(whole, run.packages))]
         path = [*site, str(CHECKOUT), str(CHECKOUT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
         places = {"{scratch}": str(self.scratch)}
         own = {name: _filled(value, places) for name, value in run.environment.items()}
@@ -347,7 +352,7 @@ def say(text: str) -> None:
 def parser_for(description: str) -> argparse.ArgumentParser:
     """The options of every claim."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", help="in place of the one that the claim is about")
     parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
     parser.add_argument(
         "--checkpoint", type=Path, help="folder for the checkpoint, written where it is missing; default: in the temporary folder"

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import steps_report
 from bench.claim import DEFAULT_MODEL, RESULTS, Claim, Finding, say
 from bench.claims import NAMES, claim_of
 from bench.machine import CHECKOUT
@@ -39,14 +40,15 @@ class Results:
     @property
     def models(self) -> list[str]:
         """The default one first, measured or not."""
-        return [DEFAULT_MODEL, *sorted({model for model, _ in self.rows} - {DEFAULT_MODEL})]
+        others = {model for model, _ in self.rows} | {claim_of(name).model for name in NAMES}
+        return [DEFAULT_MODEL, *sorted(others - {DEFAULT_MODEL})]
 
     def of(self, model: str, claim: str) -> list[Row]:
         return self.rows.get((model, claim), [])
 
     def findings(self, model: str) -> list[tuple[Claim, Finding]]:
-        """What is to be reached, with what was measured; for other models only the claims that were measured."""
-        claims = [claim_of(name) for name in NAMES if model == DEFAULT_MODEL or (model, name) in self.rows]
+        """What is to be reached, with what was measured; of models that a claim is not about only if it was measured."""
+        claims = [claim for name in NAMES if (claim := claim_of(name)).model == model or (model, name) in self.rows]
         found = []
         for claim in claims:
             rows = self.of(model, claim.name)
@@ -317,6 +319,8 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "grpo_update": _updates,
     "grpo_memory": _updates,
     "grpo_compared": _update_comparisons,
+    "grpo_step": lambda measured: table(*steps_report.grpo_steps(measured)),
+    "serve": lambda measured: table(*steps_report.serving(measured)),
 }
 
 

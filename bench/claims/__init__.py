@@ -30,6 +30,9 @@ NAMES = (
     "grpo_update",
     "grpo_memory",
     "grpo_cap",
+    "grpo_step",
+    "serve",
+    "serve_cpu",
 )
 
 

@@ -137,6 +137,17 @@ def test_visual_tokens_are_never_drawn(loaded):
     assert not {processor.image_token_id, processor.video_token_id} & {token for c in drawn for token in c.token_ids}
 
 
+def test_forbidden_tokens_are_never_drawn(loaded):
+    """Where those that end an answer are forbidden, it has its full length."""
+    kept = tuple(loaded.processor.tokenizer("ab", add_special_tokens=False)["input_ids"])
+    vocabulary = range(loaded.model.config.text_config.vocab_size)
+    sampler = ForkingSampler(loaded.model, loaded.processor, forbidden=set(vocabulary) - set(kept))
+    settings = SamplingSettings(max_completion_length=20, temperature=1.0, num_generations=3)
+    answers = sampler.generate([PROMPTS["text"]], settings)
+    assert {token for answer in answers for token in answer.token_ids} == set(kept)
+    assert all(len(answer.token_ids) == 20 and answer.finish_reason == "length" for answer in answers)
+
+
 def test_an_answer_ends_with_its_turn_or_at_the_limit(loaded):
     sampler = ForkingSampler(loaded.model, loaded.processor)
     tokenizer = loaded.processor.tokenizer

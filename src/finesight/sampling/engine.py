@@ -68,7 +68,7 @@ class DecodingEngine:
 
     Args:
         packed: on the device that it is to run on, in evaluation mode (see :func:`answering`) whenever `step` is called.
-        forbidden: ids that are never drawn.
+        forbidden: ids that are never drawn; None: those of images and videos.
         use_adapter: puts an adapter to work by its name; None: the model is used as it is, whatever requests name.
         compile_layers: compile what surrounds attention in a decoding step, and drawing.
         say: is told if that fails.
@@ -80,6 +80,7 @@ class DecodingEngine:
         processor: Processor,
         size: EngineSize,
         *,
+        forbidden: Sequence[int] | None = None,
         use_adapter: Callable[[str | None], None] | None = None,
         compile_layers: bool = False,
         say: Callable[[str], None] = lambda text: None,
@@ -87,7 +88,7 @@ class DecodingEngine:
         self.packed, self.processor, self.size = packed, processor, size
         self.device = packed.device
         self.stop_ids = stop_ids(processor)
-        self.forbidden = (processor.image_token_id, processor.video_token_id)
+        self.forbidden = (processor.image_token_id, processor.video_token_id) if forbidden is None else tuple(forbidden)
         text_config = packed.base.config.text_config
         self.pool = KeyValuePool(text_config, size.blocks, packed.compute_dtype, self.device)
         self.decoder = Decoder(packed, self.pool, compile_layers=compile_layers, say=say)

@@ -8,7 +8,7 @@ of training changes nothing about the training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -32,6 +32,7 @@ class ForkingSampler:
     Args:
         model: on the device that it is to run on. It may be in the middle of training: its mode is put back.
         image_first: as in training; moves images of a leading user turn ahead of its text.
+        forbidden: further ids that are never drawn; with those that end an answer, every answer has its full length.
         compile_layers: compile what surrounds attention in a decoding step.
         say: is told if that fails.
     """
@@ -42,6 +43,7 @@ class ForkingSampler:
         processor: Processor,
         *,
         image_first: bool = False,
+        forbidden: Collection[int] = (),
         compile_layers: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -50,7 +52,7 @@ class ForkingSampler:
         self.compile_layers, self.say = compile_layers, say
         self._encoder = Encoder(processor, image_first=image_first)
         self.stop_ids = stop_ids(processor)
-        self.forbidden: tuple[int, ...] = (processor.image_token_id, processor.video_token_id)
+        self.forbidden: tuple[int, ...] = (processor.image_token_id, processor.video_token_id, *forbidden)
 
     def generate(
         self, prompts: Sequence[Conversation], settings: SamplingSettings, on_progress: Progress | None = None
@@ -99,6 +101,7 @@ class _Run:
             sampler.packed,
             sampler.processor,
             EngineSize(rows, length, settings.max_completion_length, blocks),
+            forbidden=sampler.forbidden,
             compile_layers=sampler.compile_layers,
             say=sampler.say,
         )

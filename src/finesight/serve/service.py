@@ -234,20 +234,26 @@ class Service:
 
         for number in range(len(choices)):
             yield piece(number, {"role": "assistant", "content": ""})
+        held = ""  # events that go out together: a client that reads slower than tokens come is sent several at once
         try:
             async for number, new in self._events(accepted, gone):
                 choice = choices[number]
                 if isinstance(new, Token):
                     if text := choice.add(new):
-                        yield piece(number, {"content": text}, choice.take_pending())
-                    continue
-                if (rest := choice.rest(new)) or choice.pending:
-                    yield piece(number, {"content": rest}, choice.take_pending())
-                yield piece(number, {}, reason=new.finish_reason)
+                        held += piece(number, {"content": text}, choice.take_pending())
+                else:
+                    if (rest := choice.rest(new)) or choice.pending:
+                        held += piece(number, {"content": rest}, choice.take_pending())
+                    held += piece(number, {}, reason=new.finish_reason)
+                if held and (accepted.job is None or accepted.job.events.empty()):
+                    yield held
+                    held = ""
         except ApiError as error:
             self.leave(accepted, error.status)
-            yield event(error.body())
+            yield held + event(error.body())
             return
+        if held:
+            yield held
         if include_usage:
             yield envelope.piece([], usage=self._usage(accepted))
         yield "data: [DONE]\n\n"

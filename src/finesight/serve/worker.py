@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -45,7 +45,8 @@ class Job:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self._loop = loop
+        self.told: list[Event] = []  # by the engine, not handed on yet; the worker's alone
+        self.loop = loop
         self._left = settings.num_generations
         on_token: Callable[[int, Token], None] | None = self._on_token if tokens else None
         self.request = Request(sample, settings, adapter, top_logprobs=top_logprobs, on_token=on_token, on_end=self._on_end)
@@ -58,20 +59,35 @@ class Job:
     def fail(self, error: Exception) -> None:
         """Called by the worker: there will be no answer."""
         self._left = 0
-        self._tell(error)
+        self.told.append(error)
+        hand_on([self])
 
     def _on_token(self, number: int, token: Token) -> None:
-        self._tell((number, token))
+        self.told.append((number, token))
 
     def _on_end(self, number: int, completion: Completion) -> None:
         self._left -= 1
-        self._tell((number, completion))
+        self.told.append((number, completion))
 
-    def _tell(self, event: Event) -> None:
+
+def hand_on(jobs: Iterable[Job]) -> None:
+    """Hands what jobs have been told to their event loops, each of which is woken once: every wake is a call of the system."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[Event]]]] = {}
+    for job in jobs:
+        if job.told:
+            by_loop.setdefault(job.loop, []).append((job, job.told))
+            job.told = []
+    for loop, news in by_loop.items():
         try:
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+            loop.call_soon_threadsafe(_deliver, news)
         except RuntimeError:  # the loop has been closed: nobody listens any more
-            logger.debug("an event came after the server's end")
+            logger.debug("events came after the server's end")
+
+
+def _deliver(news: list[tuple[Job, list[Event]]]) -> None:
+    for job, events in news:
+        for event in events:
+            job.events.put_nowait(event)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +172,7 @@ class Worker:
                 except Exception as error:  # whatever it was, the requests that it holds must not wait for ever
                     if not self._recover(error):
                         return
+                hand_on(self._jobs)
                 self._jobs = {job for job in self._jobs if not job.ended}
 
     def _take_orders(self) -> None:
