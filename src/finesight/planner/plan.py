@@ -218,6 +218,8 @@ class _Moments:
         if layers > 1:
             remaining = {**shared, "activations: language model": kept + one + rotary}
             yield Moment("backward, upper layer", {**remaining, "gradients": top, "working memory": working})
+            if self.recipe.training.gradient_release and not self.releases:  # beside the gradients that earlier packs left
+                yield Moment("update, upper layer", {**remaining, "gradients": before, "working memory": self.training.step})
             lowest = self._kept_of_one(pack) + one + rotary
             yield Moment(
                 "backward, lowest layer", {**shared, "activations: language model": lowest, "gradients": bottom, "working memory": working}
