@@ -142,8 +142,7 @@ class Runner:
         work = Path(tempfile.gettempdir())
         self.checkpoint = a.checkpoint or work / f"finesight-bench-{self.model}"
         self.scratch = work / f"finesight-bench-scratch-{os.getpid()}"
-        suffix = "" if self.model == claim.model else f"-{self.model}"
-        self.path: Path = a.results / f"{claim.name}{suffix}.json"
+        self.path = results_path(a.results, claim, self.model)
         self.rows: list[Row] = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
 
     def run(self) -> list[Finding]:
@@ -273,21 +272,31 @@ class Runner:
         return [row for line in output.getvalue().splitlines() if (row := _shown(line)) is not None]
 
     def _write(self) -> list[Finding]:
-        findings = self.claim.findings(self.rows)
-        order = {run.label: place for place, run in enumerate(self.claim.runs)}
-        self.rows.sort(key=lambda row: order.get(row["label"], len(order)))
-        content = {
-            "claim": self.claim.name,
-            "title": self.claim.title,
-            "model": self.model,
-            "findings": [{**asdict(finding), "reached": finding.reached} for finding in findings],
-            "rows": self.rows,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
-        return findings
+        return write_results(self.path, self.claim, self.model, self.rows)
+
+
+def results_path(folder: Path, claim: Claim, model: str) -> Path:
+    """Where the results of a claim lie; those about another model than its own are named after that."""
+    return folder / (f"{claim.name}.json" if model == claim.model else f"{claim.name}-{model}.json")
+
+
+def write_results(path: Path, claim: Claim, model: str, rows: list[Row]) -> list[Finding]:
+    """Writes rows, in the order of the claim's settings, with what they say; returns that."""
+    findings = claim.findings(rows)
+    order = {run.label: place for place, run in enumerate(claim.runs)}
+    rows.sort(key=lambda row: order.get(row["label"], len(order)))
+    content = {
+        "claim": claim.name,
+        "title": claim.title,
+        "model": model,
+        "findings": [{**asdict(finding), "reached": finding.reached} for finding in findings],
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return findings
 
 
 def _is_same(row: Row, key: Mapping[str, Any], model: str | None, here: Mapping[str, Any], *, theirs: bool) -> bool:
@@ -316,11 +325,24 @@ def _site(peers: Path) -> Path:
         return peers
     folder = Path(tempfile.gettempdir()) / f"finesight-bench-peers-{peers.stat().st_size}"
     if not folder.exists():
-        partial = folder.with_suffix(f".{os.getpid()}")
-        with tarfile.open(peers) as archive:
-            archive.extractall(partial, filter="data")
-        partial.rename(folder)
+        _unpack(peers, folder)
     return folder
+
+
+def _unpack(peers: Path, folder: Path) -> None:
+    """Unpacks beside the folder and moves into place, so that it is whole once it is there.
+
+    Of several processes at once the first one's folder stays: files may be in use from it already.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as partial:
+        site = Path(partial) / "site"
+        with tarfile.open(peers) as archive:
+            archive.extractall(site, filter="data")
+        try:
+            site.rename(folder)
+        except OSError:  # a folder that is not empty cannot be replaced
+            if not folder.is_dir():
+                raise
 
 
 def _part_of_site(site: Path, packages: Sequence[str]) -> Path:
@@ -331,7 +353,8 @@ def _part_of_site(site: Path, packages: Sequence[str]) -> Path:
         for path in (site / package, *site.glob(f"{package}-*.dist-info")):
             link = folder / path.name
             if path.exists() and not link.exists():
-                link.symlink_to(path.resolve())
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    link.symlink_to(path.resolve())
     return folder
 
 

@@ -202,7 +202,7 @@ def _adapter_costs(measured: Sequence[Row]) -> str:
 
 def _memory(measured: Sequence[Row]) -> str:
     head = [
-        "model", "setting", "packs of a step", "largest: tokens, patches", "weights", "while made", "between steps", "peak", "reserved", "planned", "plan off by",
+        "model", "setting", "packs of a step", "largest: tokens, patches", "weights", "while made", "after a backward pass", "peak", "reserved", "planned", "plan off by",
     ]  # fmt: skip
     lines = []
     for row in measured:

@@ -238,7 +238,8 @@ class TrainingSettings(Settings):
     )
     gradient_release: bool = Field(
         False,
-        description="Update each weight as soon as its gradient is complete and let the gradient go; for full tuning with max_grad_norm: 0.",
+        description="Update each weight as soon as its gradient is complete and let the gradient go; for full tuning with max_grad_norm: 0. "
+        "Saves memory where a step is one pack: gradients of a step's earlier packs wait for the last one.",
     )
     sharding: Literal["none", "full"] = Field(
         "none",

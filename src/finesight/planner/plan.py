@@ -194,12 +194,27 @@ class _Moments:
     # --- one pack -----------------------------------------------------------------------------------------------
 
     def of_pack(self, pack: PackSizes) -> Iterator[Moment]:
-        """The moments of a pack's forward and backward pass."""
+        """The moments of a pack's forward and backward pass, as the first of a step or as a later one, whichever takes more."""
         if self.execution.compiled:
             pack = replace(pack, tokens=_up(pack.tokens, measured.STEADY_TOKENS), segments=_up(pack.segments, measured.STEADY_SEGMENTS))
-        layers, tower = self.model.text.layers, self._tower_kept(pack)
-        base = {**self.resident, "packs": self._packs(pack)}
-        before = self._gradients_before()
+        packs = self.sizes.most_packs
+        # The last pack of a step has none moved ahead beside it: the next step's first one follows its backward pass.
+        situations = [list(self._of_pack(pack, ahead=min(packs - 1, measured.PACKS_AHEAD), before=0))]
+        if packs > 1:
+            ahead = min(packs - 2, measured.PACKS_AHEAD)
+            situations.append(list(self._of_pack(pack, ahead=ahead, before=self._gradients_at_rest())))
+        for same in zip(*situations, strict=True):
+            yield max(same, key=lambda moment: moment.total)
+
+    def _of_pack(self, pack: PackSizes, *, ahead: int, before: int) -> Iterator[Moment]:
+        """The moments of a pack.
+
+        Args:
+            ahead: packs that were moved to the device before their time.
+            before: bytes of gradients that earlier packs of the step left.
+        """
+        layers, tower, own = self.model.text.layers, self._tower_kept(pack), self._pack_bytes(pack)
+        base = {**self.resident, "packs": own, **({"packs moved ahead": ahead * own} if ahead else {})}
         if pack.patches:
             gathered = self.sharding.while_used("block", forward=True)
             yield Moment(
@@ -219,8 +234,12 @@ class _Moments:
         yield Moment(
             "backward, last layer", {**at_head, **self.sharding.while_used("lm_head"), "working memory": self._last_backward(pack)}
         )
+        if self.recipe.training.gradient_release and self._head_trains_alone():
+            # In a step's last pack; the head is the first weight whose gradient is complete.
+            released = {"gradients": max(before, self.training.largest_gradient), "working memory": self.training.step}
+            yield Moment("update of the head, backward", {**text, **released})
         one, working = self._layer_again(pack), self._layer_backward(pack)
-        top, bottom = self._gradients_at_top(before), self._gradients_in_full()
+        top, bottom = self._gradients_at_top(before), self._gradients_in_full(before)
         if layers > 1:
             layer = {**shared, **self.sharding.while_used("layer"), "working memory": working}
             yield Moment("backward, upper layer", {**layer, "activations: language model": kept + one + rotary, "gradients": top})
@@ -233,18 +252,17 @@ class _Moments:
             for unit in SUMMED_LAST:
                 yield Moment(f"gradients of the {unit}", {**base, **self.sharding.while_used(unit), "gradients": bottom})
 
-    def _packs(self, pack: PackSizes) -> int:
-        """Bytes of this pack and of those moved ahead of their use."""
+    def _pack_bytes(self, pack: PackSizes) -> int:
+        """Bytes of a pack on the device."""
         v = self.model.vision
         patch = v.patch_values * self.execution.patch_bytes + 2 * 8 + (4 * 12 if v.positions else 0)
-        each = (
+        return (
             pack.total_patches * patch
             + pack.tokens * (8 + 3 * 8)
             + 28 * pack.targets
             + 16 * pack.visual_tokens(self.model)
             + 8 * pack.gathered_keys
         )
-        return each * (1 + min(self.sizes.most_packs - 1, measured.PACKS_AHEAD))
 
     def _features(self, pack: PackSizes) -> int:
         v = self.model.vision
@@ -345,28 +363,41 @@ class _Moments:
         return t.experts_per_token * (t.expert_mlp + t.hidden)
 
     def _layer_backward(self, pack: PackSizes) -> int:
-        """Working memory of one layer's backward pass."""
+        """Working memory of one layer's backward pass beyond what is kept of the layer."""
         t, w = self.model.text, self.execution.width
-        if not self.execution.compiled:
-            mlp, hidden = measured.BACKWARD_EAGER
-        else:
-            mlp, hidden = measured.BACKWARD_SELECTIVE if self.policy == "selective" else measured.BACKWARD_COMPILED
         rows, again = pack.tokens, 0
         chunk = self.recipe.training.mlp_chunk_tokens
-        if chunk is not None and chunk < rows and self.expert_layer is None:  # experts are never computed in chunks
+        chunked = chunk is not None and chunk < rows and self.expert_layer is None  # experts are never computed in chunks
+        if chunk is not None and chunked:
             rows = chunk
-            table = second_half(self.model, self.recipe.tuning, self.execution)
-            again = kept_bytes(table, self.everything, rows=rows)
-        through_mlp = again + int(rows * mlp * self._mlp_width() * w + pack.tokens * hidden * t.hidden * w)
+            again = kept_bytes(second_half(self.model, self.recipe.tuning, self.execution), self.everything, rows=rows)
         attention = attention_gradient_bytes(t.queries, t.keys, pack, pack.tokens, self.execution, measured.ATTENTION_ROWS_PER_SEGMENT)
-        return max(through_mlp + self._float8_working(pack), attention) + self.dequantised
+        if self.execution.compiled or self.expert_layer is not None:
+            # One function goes backward through the whole layer, and what is kept of it stays to the end.
+            by_policy = measured.BACKWARD_SELECTIVE if self.policy == "selective" else measured.BACKWARD_COMPILED
+            mlp, hidden = by_policy if self.execution.compiled else measured.BACKWARD_EAGER
+            through_mlp = again + int(rows * mlp * self._mlp_width() * w + pack.tokens * hidden * t.hidden * w)
+            return max(through_mlp + self._float8_working(rows), attention) + self.dequantised
+        # Operation by operation, and each lets go of what was kept for it: the rest of the layer's second half is gone by the time of
+        # attention, and what a product takes besides never meets the gradients of the activation.
+        if not chunked:
+            attention -= kept_bytes(second_half(self.model, self.recipe.tuning, self.execution), "eager", rows=rows)
+        mlp, hidden = measured.BACKWARD_EAGER
+        outside = again + int(pack.tokens * hidden * t.hidden * w)
+        activation = int(rows * mlp * t.mlp * w)
+        down = rows * t.mlp * w + self.dequantised
+        gate_and_up = self.dequantised - 2 * rows * t.mlp * w
+        if self.recipe.model.quantization == "fp8":
+            down += t.hidden * (rows + t.mlp)
+            gate_and_up += self._float8_working(rows)
+        return max(outside + max(activation, down, gate_and_up), attention)
 
-    def _float8_working(self, pack: PackSizes) -> int:
+    def _float8_working(self, rows: int) -> int:
         """Gradients of gate and up quantised as one row, and both weights transposed."""
         if self.recipe.model.quantization != "fp8":
             return 0
         t = self.model.text
-        return 2 * t.mlp * (pack.tokens + t.hidden) if not t.expert_layers else t.queries * (pack.tokens + t.hidden)
+        return 2 * t.mlp * (rows + t.hidden) if not t.expert_layers else t.queries * (rows + t.hidden)
 
     def _forward_working(self, pack: PackSizes) -> int:
         """Working memory of a layer's forward pass: base products are held in float32 until the adapter's part is added.
@@ -389,7 +420,7 @@ class _Moments:
         again = 0
         if self.policy in ("full", "offload"):
             again = self._layer_kept("eager", pack, experts=self.expert_layer is not None, outputs=rows)
-        return again + max(through_mlp, attention) + self.dequantised
+        return again + max(through_mlp + self.dequantised, attention)
 
     def _logprobs(self, pack: PackSizes) -> int:
         """Working memory of the targets' log-probabilities in the backward pass, as `models/logprobs.py` computes them.
@@ -410,12 +441,6 @@ class _Moments:
 
     # --- gradients and the update -------------------------------------------------------------------------------
 
-    def _gradients_before(self) -> int:
-        """Gradients that earlier packs of the step left."""
-        if self.sizes.most_packs == 1:
-            return 0
-        return self._gradients_at_rest()
-
     def _gradients_at_rest(self) -> int:
         """All gradients between two packs."""
         t = self.training
@@ -429,18 +454,23 @@ class _Moments:
         size = t.vocabulary * t.hidden * self.execution.width
         return before + (size if t.tied else size // self.sharding.shards)
 
-    def _gradients_in_full(self) -> int:
-        """At the end of the backward pass: this pack's beside those collected before."""
+    def _gradients_in_full(self, before: int) -> int:
+        """At the end of the backward pass: this pack's, beside those collected before."""
         if self.releases:  # in the only backward pass of the step; with several packs only the last one can
             return self.training.largest_gradient
-        t = self.training
-        collected = t.collected if self.sizes.most_packs > 1 else 0
-        return self.sharding.gradients_of(collected + t.gradients, root_is_there=True)
+        left = before if self.training.collected else 0
+        return self.sharding.gradients_of(self.training.gradients, root_is_there=True) + left
+
+    def _head_trains_alone(self) -> bool:
+        """Whether the vocabulary matrix of the logits trains, and is not the embedding's too."""
+        return self.recipe.tuning.method == "full" and self.recipe.tuning.finetune_language_layers and "lm_head" in self.weights
 
     def update(self) -> Moment:
-        """The optimizer's step."""
+        """The optimizer's step; the first pack of the next step is moved meanwhile."""
         gradients = self.training.largest_gradient if self.recipe.training.gradient_release else self._gradients_at_rest()
-        return Moment("update", {**self.resident, "gradients": gradients, "working memory": self.training.step})
+        ahead = max(self._pack_bytes(pack) for pack in self.sizes.packs)
+        parts = {"packs moved ahead": ahead, "gradients": gradients, "working memory": self.training.step}
+        return Moment("update", {**self.resident, **parts})
 
 
 def _up(value: int, multiple: int) -> int:

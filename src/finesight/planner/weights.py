@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from finesight.planner.calibration import ROUNDING_CHUNK_BYTES, ROUNDING_COPIES
+from finesight.planner.calibration import ROUNDING_BYTES, ROUNDING_CHUNK_BYTES, ROUNDING_VALUES
 from finesight.planner.shapes import ModelShape, Parameter, Part, parameters
 from finesight.recipe import ModelSettings, Recipe, TuningSettings
 
@@ -186,9 +186,9 @@ def training_bytes(model: ModelShape, recipe: Recipe, precision: Precision) -> T
     masters = recipe.tuning.bf16_updates == "float32_masters"
     largest_rounded = max((x.numel for x in rounded), default=0)
     step = 0
-    if rounded and not masters:  # a chunk of weights and gradients in float32, and what rounding one of them makes
+    if rounded and not masters:  # a chunk of weights and gradients in float32; then what rounding makes in place of the gradients
         chunk = max(ROUNDING_CHUNK_BYTES, 4 * largest_rounded)
-        step = 2 * chunk + ROUNDING_COPIES * 4 * largest_rounded
+        step = chunk + max(chunk, ROUNDING_BYTES * min(ROUNDING_VALUES, largest_rounded))
     if recipe.training.optim == "muon":
         step += 10 * max((x.numel for x in t if _takes_muon(x)), default=0)  # a float32 update and three bf16 matrices of its size
     if any(x.width < 4 for x in t) and masters and recipe.training.gradient_release:

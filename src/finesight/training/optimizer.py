@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from finesight.errors import RecipeError, TrainingError
-from finesight.models.rounding import stochastic_round
+from finesight.models.rounding import stochastic_round_into
 from finesight.models.sharding import divided_like, norm_over_processes, own_part
 from finesight.recipe import TrainingSettings
 from finesight.training.parameter_groups import build_optimizers, load_optimizer_state
@@ -233,13 +233,14 @@ class StepOptimizer:
             member.master.grad = member.weight.grad.float()  # type: ignore[union-attr]
         for optimizer in optimizers:
             optimizer.step()
+        for member in chunk:  # of all of them before the first is rounded, which takes memory too
+            member.master.grad = None
         generator = torch.Generator(chunk[0].weight.device)
         for member in chunk:
             # The same on all processes, so that their weights stay equal; a function of step and parameter, so that nothing
             # is to be saved and the order of updates does not matter.
             generator.manual_seed(((self.seed * 1_000_003 + self.steps_done) * 65_537 + member.number) % 2**63)
-            member.weight.copy_(stochastic_round(member.master.data, generator))
-            member.master.grad = None
+            stochastic_round_into(member.weight, member.master.data, generator)
             member.master.data = member.master.data.new_empty((0,) * member.weight.ndim)
 
     @property
