@@ -51,7 +51,7 @@ GIB = 2**30
 class MemorySession(assembly.MeasuredSession):
     """A measured session that leaves no weights on the disk."""
 
-    def _fill(self, folder: Path) -> None:
+    def _fill(self, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
         pass
 
 

@@ -427,6 +427,7 @@ class Recipe(Settings):
             f"training.optim: {t.optim}": t.optim != "adamw",
             "tuning.bf16_updates: stochastic_rounding": self.tuning.bf16_updates != "float32_masters",
             "tuning.finetune_experts": self.tuning.finetune_experts,
+            f"tuning.bias: {self.tuning.bias}": self.tuning.method == "lora" and self.tuning.bias != "none",
             "training.gradient_release": t.gradient_release,
             "training.sample_answers": t.sample_answers > 0,
         }

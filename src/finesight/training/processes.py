@@ -50,12 +50,17 @@ def over_processes(packed: PackedModel, accelerator: Accelerator, settings: Trai
     FSDP2 is used directly: accelerate would wrap transformers' own layers, whose call the loops here never make.
 
     Raises:
-        RecipeError: the model is in float16, and is to be divided.
+        RecipeError: the model is to be divided, and is in float16 or trains in several precisions.
     """
     if settings.sharding == "none":
         wrapped: torch.nn.Module = accelerator.prepare_model(packed)
         return wrapped
     _refuse_float16(packed.compute_dtype)
+    if len(kinds := {parameter.dtype for parameter in packed.parameters() if parameter.requires_grad}) > 1:
+        raise RecipeError(
+            f"training.sharding: full needs one precision for all that trains, and here are {' and '.join(sorted(map(str, kinds)))} (an adapter with "
+            "biases, over a base in 16 bits): set model.dtype: float32, or training.sharding: none"
+        )
     shard(packed, accelerator.device, accelerator.num_processes)
     return packed
 
