@@ -6,7 +6,7 @@ A step must read the weights of the language model and of the vocabulary once, a
 prompt that rows have in common once, as they are stored. These bytes over the bandwidth of a copy on the same machine are
 the least time of a step. Measured are the sampler as it runs (`sampler`: host work included) and, as CUDA graphs of their own,
 the step that it replays (`step`) and parts of it: the forward pass, the drawing of tokens, attention, and all matrix products of
-weights alone. `profile` names the kernels of one step. Each for the base and with an unmerged adapter, compiled and not; drawing,
+weights alone. `profile` names the kernels of one step. Each for the base and with an unmerged adapter, compiled and not;
 attention and products, which these do not change, once.
 """
 

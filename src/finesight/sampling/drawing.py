@@ -28,7 +28,7 @@ _BLOCK = 128
 # The probability of a row's likeliest token as a whole number. Smaller ones are cut to whole numbers as well, each by less
 # than 2.3e-13 of the likeliest: over 150,000 tokens together less than the rounding of one float32. Sums of up to 2^20
 # tokens stay below 2^62.
-_ONE = 2.0**42
+_ONE = 2**42
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +101,11 @@ def draw(
     blocks = _in_blocks(scores_of(logits, settings, seen), -torch.inf)
     block_peaks = blocks.amax(dim=-1)
     peak = block_peaks.amax(dim=-1, keepdim=True)
-    weights = (blocks - peak[:, :, None]).exp_().mul_(_ONE).to(torch.int64)
-    log_total = (weights.sum(dim=-1).sum(dim=-1, keepdim=True).double() / _ONE).log().float()
+    sums = _weights(blocks, peak[:, :, None]).sum(dim=-1)
+    log_total = (sums.sum(dim=-1, keepdim=True).double() / _ONE).log().float()
     if kept is not None:
-        kept_blocks = _in_blocks(kept, False)
-        weights = torch.where(kept_blocks, weights, 0)
-        blocks = torch.where(kept_blocks, blocks, -torch.inf)
-    sums = weights.sum(dim=-1)
+        blocks = torch.where(_in_blocks(kept, False), blocks, -torch.inf)
+        sums = _weights(blocks, peak[:, :, None]).sum(dim=-1)
     running = sums.cumsum(dim=-1)
     total = running[:, -1:]
     wanted = torch.minimum((uniform[:, None] * total).to(torch.int64), total - 1)  # rounding could reach the total
@@ -115,12 +113,11 @@ def draw(
 
     # Clamped here and below for scores that are no numbers: what is drawn from them is a token all the same.
     block = torch.where(greedy, block_peaks.argmax(dim=-1, keepdim=True), _first_above(running, wanted)).clamp(max=blocks.shape[1] - 1)
-    where = block[:, :, None].expand(-1, 1, _BLOCK)
-    own, scores = weights.gather(1, where).squeeze(1), blocks.gather(1, where).squeeze(1)
-    own_running = own.cumsum(dim=-1)
+    scores = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1)
+    own_running = _weights(scores, peak).cumsum(dim=-1)
     own_total = own_running[:, -1:]
-    # Compiled code may compute weights a second time for this block. Should they differ in the last digit, what is wanted still lies
-    # within their sum; should nothing be left of it, the likeliest token of the block is one that can be drawn.
+    # Should weights that are computed again differ in the last digit (other code for another shape), what is wanted still lies within
+    # their sum; should nothing be left of it, the likeliest token of the block is one that can be drawn.
     own_wanted = torch.minimum(wanted - (running - sums).gather(1, block), own_total - 1)
     likeliest = scores.argmax(dim=-1, keepdim=True)
     place = torch.where(greedy | (own_total <= 0), likeliest, _first_above(own_running, own_wanted)).clamp(max=_BLOCK - 1)
@@ -174,6 +171,11 @@ def _in_blocks(values: torch.Tensor, blank: float | bool) -> torch.Tensor:
     if spare:
         values = F.pad(values, (0, spare), value=blank)
     return values.unflatten(1, (-1, _BLOCK))
+
+
+def _weights(scores: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    """Probabilities over that of the peak as whole numbers."""
+    return (scores - peak).exp_().mul_(_ONE).to(torch.int64)
 
 
 def _first_above(running: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -258,7 +258,7 @@ class DecodingEngine:
     def _prefill(self, requests: Sequence[Request]) -> None:
         batch, order = self._batch([request.sample for request in requests])
         slots = np.concatenate([_slots(requests[index].blocks, len(requests[index].sample)) for index in order])
-        logits = self.decoder.prefill(batch, torch.from_numpy(slots).to(self.device))
+        logits = self.decoder.prefill(batch, torch.from_numpy(slots).to(self.device, non_blocking=True))
         for index, row in zip(order, logits, strict=True):
             requests[index].logits = row
 

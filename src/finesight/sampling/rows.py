@@ -70,6 +70,7 @@ class Rows:
         self.top = min(MOST_TOP_LOGPROBS, vocabulary)
         self.top_tokens, self.top_logprobs = zeros(rows, self.top), zeros(rows, self.top, dtype=torch.float32)
         self.seen: torch.Tensor | None = None  # (B, V) bool, once a row has a penalty
+        self.landings: list[tuple[torch.Tensor, ...]] = []  # pinned memory that flights have left: allocating it anew costs time
         self.forbidden, self.vocabulary, self.device, self.draw_tokens = forbidden, vocabulary, device, draw_tokens
 
     def clear(self, row: int) -> None:
@@ -89,21 +90,22 @@ class Rows:
             uniform: numbers that decide its tokens, one each, at most S.
         """
         self.settings.write(row, settings)
-        self.uniform[row, : len(uniform)] = torch.from_numpy(uniform).to(self.device)
+        # Without waiting: a step may be under way. Ordinary memory is read before the call returns.
+        self.uniform[row, : len(uniform)].copy_(torch.from_numpy(uniform), non_blocking=True)
         table = torch.zeros(self.table.shape[1], dtype=torch.int64)
         table[: len(blocks)] = torch.tensor(blocks)
-        self.table[row] = table.to(self.device)
+        self.table[row].copy_(table, non_blocking=True)
         if settings.repetition_penalty != 1:
             if self.seen is None:
                 self.seen = torch.zeros(len(self.tokens), self.vocabulary, dtype=torch.bool, device=self.device)
             self.seen[row] = False
-            self.seen[row, torch.from_numpy(np.unique(prompt)).to(self.device)] = True
+            self.seen[row, torch.from_numpy(np.unique(prompt)).to(self.device, non_blocking=True)] = True
         self.prompt_blocks[row] = len(prompt) // BLOCK_TOKENS
         self.steps[row], self.lengths[row], self.positions[row] = 1, len(prompt), next_position
 
     def draw_first(self, begun: list[int], logits: torch.Tensor, kind: StepKind) -> None:
         """The first tokens of rows, from what followed their prompts: (len(begun), V)."""
-        index = torch.tensor(begun, device=self.device)
+        index = torch.tensor(begun).to(self.device, non_blocking=True)
         seen = self.seen[index] if kind.penalises and self.seen is not None else None
         self._draw(index, logits, self.uniform[index, 0], seen, kind)
 
@@ -171,6 +173,7 @@ class Drawn:
 class Flight:
     """What a step draws, on its way to the host."""
 
+    rows: Rows
     values: tuple[torch.Tensor, ...]
     answers: list[Any]  # whose each row was
     arrived: torch.cuda.Event | None
@@ -179,14 +182,23 @@ class Flight:
     def of(rows: Rows, answers: list[Any], kind: StepKind) -> Flight:
         wanted = (rows.tokens, rows.logprobs, *((rows.top_tokens, rows.top_logprobs) if kind.alternatives else ()))
         if not rows.tokens.is_cuda:
-            return Flight(tuple(values.clone() for values in wanted), answers, None)
-        copies = tuple(torch.empty(v.shape, dtype=v.dtype, pin_memory=True).copy_(v, non_blocking=True) for v in wanted)
+            return Flight(rows, tuple(values.clone() for values in wanted), answers, None)
+        fitting = next((number for number, landing in enumerate(rows.landings) if len(landing) == len(wanted)), None)
+        if fitting is None:
+            copies = tuple(torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for values in wanted)
+        else:
+            copies = rows.landings.pop(fitting)
+        for copy, values in zip(copies, wanted, strict=True):
+            copy.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return Flight(copies, answers, event)
+        return Flight(rows, copies, answers, event)
 
     def wait(self) -> Drawn:
+        """What was drawn, once it is there; to be called once."""
         if self.arrived is not None:
             self.arrived.synchronize()
         tokens, logprobs, *top = (values.tolist() for values in self.values)
+        if self.arrived is not None:
+            self.rows.landings.append(self.values)
         return Drawn(tokens, logprobs, *(top or (None, None)))
