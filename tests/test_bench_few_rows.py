@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from bench import few_rows, rows
+
 from finesight.models.few_rows import tiles_for
 
 
