@@ -75,6 +75,7 @@ def products_without_graph(
         and 0 < x.shape[0] <= MOST_ROWS
         and len(weights) <= MOST_LAYERS
         and rank <= MOST_RANK
+        and len({matrix.dtype for matrix in (*downs, *ups)}) <= 1
         and has_triton(x.device.index)
         and all(matrix.is_contiguous() for matrix in matrices)
     ):

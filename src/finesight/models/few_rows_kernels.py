@@ -41,7 +41,7 @@ def few_rows_products(
         x: (T, I), at least one row.
         weights: (O, I) each, of x's precision, 1 to MOST_LAYERS of them.
         biases: (O,) each, or None.
-        downs: (r, I) each; ups: (O, r) each; r may be 0. In any precision: they are rounded to that of x as they are read.
+        downs: (r, I) each; ups: (O, r) each; r may be 0. In any one precision: they are rounded to that of x as they are read.
             All three of downs, ups and scales may be empty. Every matrix is contiguous.
         tiles: for these shapes, whatever the number of rows.
     """

@@ -145,12 +145,11 @@ def _project_without_graph(bases: Sequence[nn.Linear], adapters: Sequence[Adapte
     """(…, I) -> (…, O) each; adapters go in as they are stored."""
     none = x.new_empty(0)
     biases = [none if base.bias is None else base.bias for base in bases]
-    if any(adapter is not None for adapter in adapters):
-        downs = [x.new_empty(0, base.in_features) if a is None else a.down for base, a in zip(bases, adapters, strict=True)]
-        ups = [x.new_empty(base.out_features, 0) if a is None else a.up for base, a in zip(bases, adapters, strict=True)]
+    downs, ups, scales = [], [], []
+    if (like := next((adapter for adapter in adapters if adapter is not None), None)) is not None:
+        downs = [like.down.new_empty(0, base.in_features) if a is None else a.down for base, a in zip(bases, adapters, strict=True)]
+        ups = [like.up.new_empty(base.out_features, 0) if a is None else a.up for base, a in zip(bases, adapters, strict=True)]
         scales = [1.0 if a is None else a.scaling for a in adapters]
-    else:
-        downs, ups, scales = [], [], []
     rows = x.reshape(-1, x.shape[-1])
     outs = products_without_graph(rows, [base.weight for base in bases], biases, downs, ups, scales)
     return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
