@@ -95,6 +95,37 @@ class TestMoments:
         parts = next(m for m in p.moments if m.name == "tower, forward").parts
         assert parts["gradients"] == 0 and parts["packs moved ahead"] == parts["packs"] > 4 * 36 * 26_624
 
+    def test_backward_of_an_uncompiled_layer_by_hand(self) -> None:
+        """Qwen3-VL-8B, MLP of 12,288, hidden size 4,096, in bytes beyond what is kept of the layer.
+
+        Many tokens: gradients of the activation's two operands, beside that of the layer's output. Few: a weight in bf16 (in 4 bits with
+        the scales of its blocks of 64 in float32) beside one gradient of the MLP's width. Of float8 with few tokens both transposed
+        weights and the quantised gradients of gate and up, by which time four tensors of the MLP's width are gone and two come.
+        """
+
+        def working(tokens: int, *overrides: str) -> int:
+            sizes = RunSizes(((replace(PACK, tokens=tokens, segments=1),),))
+            moments = plan(*overrides, sizes=sizes, compiled=False).moments
+            return next(m for m in moments if m.name == "backward, upper layer").parts["working memory"]
+
+        many = 8064 * 2 * (2 * 12_288 + 4096)
+        assert [working(8064, *how) for how in ((), ("model.load_in_4bit=true",), ("model.load_in_fp8=true",))] == [many] * 3
+        four_bit = 512 * 2 * (12_288 + 4096) + 12_288 * 4096 * 2 + 12_288 * 4096 // 64 * 4
+        assert working(512, "model.load_in_4bit=true") == four_bit
+        assert working(512, "model.load_in_fp8=true") == 512 * 2 * 4096 - 2 * 512 * 2 * 12_288 + 2 * 12_288 * (512 + 4096)
+
+    def test_gradient_release_updates_the_head_under_all_that_layers_keep(self) -> None:
+        settings = ("tuning.method=full", "tuning.bf16_updates=stochastic_rounding", "training.max_grad_norm=0")
+        head = 151_936 * 4096
+        for packs, gradients in ((1, 2 * head), (2, 2 * (6_946_075_648 + 2 * head))):
+            p = plan(*settings, "training.gradient_release=true", sizes=RunSizes(((PACK,) * packs,)))
+            moments = {moment.name: moment.parts for moment in p.moments}
+            update = moments["update of the head, backward"]
+            assert (update["gradients"], update["working memory"]) == (gradients, 2 * 4 * head)
+            assert update["activations: language model"] == moments["log-probabilities"]["activations: language model"]
+        tied = plan_memory(CATALOGUE["Qwen3-VL-4B"], recipe(*settings, "training.gradient_release=true"), RUN, policy="full")
+        assert "update of the head, backward" not in {moment.name for moment in tied.moments}  # the embedding is updated at the end
+
     def test_the_largest_pack_decides(self) -> None:
         small = replace(PACK, tokens=512, patches=(1280,))
         assert plan(sizes=RunSizes(((small, PACK), (small, small)))).peak_bytes == plan().peak_bytes
