@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 from bench.encoding import conversations
-from bench.workload import WORDS, Row, draw
+from bench.workload import WORDS, Row, picture
 from finesight.data.conversation import Conversation
 from finesight.data.encode import Encoder
 from finesight.data.processor import Processor, load_processor
@@ -33,7 +33,7 @@ def prompts(count: int, checkpoint: Path, *, image_tokens: int, text_tokens: int
     encoder, rng = Encoder(processor), random.Random(seed)
     made = []
     for _ in range(count):
-        image = draw((side, side), rng)
+        image = picture((side, side), rng)
         room = image_tokens + text_tokens - len(encoder.encode_prompt(as_conversation(Row(image, "", ""))))
         row = Row(image, _question(room, processor, rng), "")
         _check(row, encoder, image_tokens, text_tokens)
