@@ -18,8 +18,10 @@ from finesight.planner.activations import (
     Way,
     attention_gradient_bytes,
     decoder_layer,
+    float8_gradient_bytes,
     kept_bytes,
     mergers,
+    mlp_backward_bytes,
     second_half,
     tower_block,
 )
@@ -372,32 +374,19 @@ class _Moments:
             rows = chunk
             again = kept_bytes(second_half(self.model, self.recipe.tuning, self.execution), self.everything, rows=rows)
         attention = attention_gradient_bytes(t.queries, t.keys, pack, pack.tokens, self.execution, measured.ATTENTION_ROWS_PER_SEGMENT)
-        if self.execution.compiled or self.expert_layer is not None:
-            # One function goes backward through the whole layer, and what is kept of it stays to the end.
-            by_policy = measured.BACKWARD_SELECTIVE if self.policy == "selective" else measured.BACKWARD_COMPILED
-            mlp, hidden = by_policy if self.execution.compiled else measured.BACKWARD_EAGER
-            through_mlp = again + int(rows * mlp * self._mlp_width() * w + pack.tokens * hidden * t.hidden * w)
-            return max(through_mlp + self._float8_working(rows), attention) + self.dequantised
-        # Operation by operation, and each lets go of what was kept for it: the rest of the layer's second half is gone by the time of
-        # attention, and what a product takes besides never meets the gradients of the activation.
-        if not chunked:
-            attention -= kept_bytes(second_half(self.model, self.recipe.tuning, self.execution), "eager", rows=rows)
-        mlp, hidden = measured.BACKWARD_EAGER
-        outside = again + int(pack.tokens * hidden * t.hidden * w)
-        activation = int(rows * mlp * t.mlp * w)
-        down = rows * t.mlp * w + self.dequantised
-        gate_and_up = self.dequantised - 2 * rows * t.mlp * w
-        if self.recipe.model.quantization == "fp8":
-            down += t.hidden * (rows + t.mlp)
-            gate_and_up += self._float8_working(rows)
-        return max(outside + max(activation, down, gate_and_up), attention)
-
-    def _float8_working(self, rows: int) -> int:
-        """Gradients of gate and up quantised as one row, and both weights transposed."""
-        if self.recipe.model.quantization != "fp8":
-            return 0
-        t = self.model.text
-        return 2 * t.mlp * (rows + t.hidden) if not t.expert_layers else t.queries * (rows + t.hidden)
+        float8 = self.recipe.model.quantization == "fp8"
+        if not self.execution.compiled and self.expert_layer is None:
+            # Operation by operation, and each lets go of what was kept for it: of the layer's second half nothing is left by the time of
+            # attention.
+            if not chunked:
+                attention -= kept_bytes(second_half(self.model, self.recipe.tuning, self.execution), "eager", rows=rows)
+            outside = again + pack.tokens * t.hidden * w  # with the gradient of the layer's output
+            return max(outside + mlp_backward_bytes(t, rows, w, self.dequantised, float8=float8), attention)
+        # One function goes backward through the whole layer, and what is kept of it stays to the end. Layers of experts too are counted so.
+        by_policy = measured.BACKWARD_SELECTIVE if self.policy == "selective" else measured.BACKWARD_COMPILED
+        mlp, hidden = by_policy if self.execution.compiled else measured.BACKWARD_EAGER
+        through_mlp = again + int(rows * mlp * self._mlp_width() * w + pack.tokens * hidden * t.hidden * w)
+        return max(through_mlp + (float8_gradient_bytes(t, rows) if float8 else 0), attention) + self.dequantised
 
     def _forward_working(self, pack: PackSizes) -> int:
         """Working memory of a layer's forward pass: base products are held in float32 until the adapter's part is added.
