@@ -255,7 +255,7 @@ class DecodeBench:
         inputs = {m.in_features: torch.randn(count, m.in_features, **like) for m in (*linears, packed.base.lm_head)}
 
         def attention() -> None:
-            bundles = (bundles_of(rows.table, rows.prompt_blocks),)
+            bundles = bundles_of(rows.table, rows.prompt_blocks)
             for keys, values in zip(engine.pool.keys, engine.pool.values, strict=True):
                 decode_attention(query, keys, values, rows.table, rows.lengths, bundles, text.layers[0].self_attn.scaling)
 

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 0.2)])
 def test_sampler_and_trainer_agree(tmp_path, family, dtype, bound):
+    if family == "qwen3_vl_moe" and dtype == "bfloat16":
+        bound = 0.5  # rounding can send a token to another expert
     code = tmp_path / "own.py"
     code.write_text("def low(completion_ids, **kwargs):\n    return [sum(t < 100 for t in ids) / len(ids) for ids in completion_ids]\n")
     recipe = tiny_recipe(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from finesight.data.batch import PackedBatch
 from finesight.errors import ModelError
+from finesight.models.experts import wait_for_offsets
 from finesight.models.packed import PackedModel, attention_inputs, finish_layer
 
 BLOCK_TOKENS = 32
@@ -131,6 +132,13 @@ class Decoder:
         self.packed, self.pool = packed, pool
         functions: tuple[Callable[..., Any], Callable[..., Any]] = (attention_inputs, finish_layer)
         self._inputs, self._finish = packed.compiled_for_decoding(say) if compile_layers else functions
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a step can be captured in a CUDA graph."""
+        packed, layers = self.packed, self.packed.base.model.language_model.layers
+        experts = [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
+        return packed.device.type == "cuda" and not any(wait_for_offsets(each, packed.compute_dtype, packed.device) for each in experts)
 
     def prefill(self, batch: PackedBatch, slots: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) after the tokens that the batch's targets are predicted from.

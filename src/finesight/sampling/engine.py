@@ -102,6 +102,7 @@ class DecodingEngine:
         self._arrivals = 0
         self._refused: Request | None = None  # the oldest one that the pool had no room for; later ones do not overtake it
         self._flying: tuple[Lane, Flight] | None = None
+        self._captures = self.decoder.can_be_captured
         self._graphs: dict[tuple[str | None, int, StepKind], torch.cuda.CUDAGraph] = {}
 
     @property
@@ -319,7 +320,7 @@ class DecodingEngine:
         """One step of every row of a lane, started."""
         last = max(row for row, answer in enumerate(lane.answers) if answer is not None)
         kind = asked_of([answer for answer in lane.answers if answer is not None])
-        if self.device.type == "cuda":
+        if self._captures:
             self._run_graph(lane, min(len(lane.answers), 1 << last.bit_length()), kind)
         else:
             lane.rows.step(self.decoder, last + 1, kind)
