@@ -290,7 +290,7 @@ def assemble(a: argparse.Namespace, folder: Path) -> tuple[MeasuredSession, dict
     seconds["workload_made"] = since_start()
     prepared = prepare(recipe, sources=[ReadResult(rows, [], "messages", a.kind)])
     seconds["encoded"] = since_start()
-    loaded = None if a.load else _made(a, prepared)
+    loaded = None if a.load else made(a, prepared)
     session = MeasuredSession(prepared, a, loaded, started)
     seconds["model_ready"] = since_start()
     return session, seconds
@@ -308,7 +308,8 @@ def run(a: argparse.Namespace, on_done: Callable[[int], None] | None = None) -> 
     return Measured(session, result, seconds, weights, tower)
 
 
-def _made(a: argparse.Namespace, prepared: Prepared) -> LoadedModel:
+def made(a: argparse.Namespace, prepared: Prepared) -> LoadedModel:
+    """The model that the options name, made on the device in the precision of the recipe."""
     device = torch.device(a.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = quantized.build(a.model, prepared.recipe.model, device=a.device, dtype=dtype, layers=a.layers)

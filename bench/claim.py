@@ -33,20 +33,28 @@ from bench.rows import Row
 RESULTS = CHECKOUT / "bench" / "results"
 DEFAULT_MODEL = "qwen3-vl-8b"
 TINY_MODEL = "tiny-qwen3-vl"
+PEERS = ("bench.peers", "bench.grpo_peers")  # run with all of the peers' archive
+_READ_WEIGHTS = (*PEERS, "bench.serving")
 # Seconds that one setting may take, and all of a call: what runs longer is recorded as failed, the rest as not measured.
 RUN_LIMIT_S = 300.0
 CALL_LIMIT_S = 570.0
 
+_TINY_STEP = ("--prompts", "2", "--generations", "4", "--image-tokens", "16", "--completion-tokens", "8", "--steps", "3", "--warm", "1")
 _TINY_TRAINING = ("--device", "cpu", "--batch", "4", "--budget", "2048", "--workers", "0", "--steps", "2", "--warm", "1")
 # Appended to the arguments of a script where it is only tried, on a CPU.
 TINY_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "bench.sft": _TINY_TRAINING,
     "bench.profile_step": (*_TINY_TRAINING, "--steps", "3"),
     "bench.peers": ("--cpu", "--batch", "2", "--accumulation", "2", "--steps", "2", "--warm", "1", "--workers", "0"),
+    "bench.grpo_step": ("--device", "cpu", *_TINY_STEP),
+    "bench.grpo_peers": ("--cpu", "--batch", "4", *_TINY_STEP),
+    "bench.serving": ("--device", "cpu", "--streams", "1", "2", "--image-tokens", "16", "--answer-tokens", "8", "--requests", "2"),
     "bench.roofline": ("--device", "cpu", "--tokens", "32", "--size", "32", "--copy-bytes", "65536"),
     "bench.exactness": ("--device", "cpu", "--samples", "2", "--budget", "2048"),
     "bench.adapter_cost": ("--device", "cpu", "--batch", "4", "--budget", "2048"),
     "bench.memory": ("--device", "cpu", "--tiny"),
+    "bench.decode": ("--device", "cpu", "--tiny"),
+    "bench.group_update": ("--device", "cpu", "--tiny"),
 }
 _NOT_TINY = {"--compile"}  # takes longer on a CPU than all else together
 
@@ -69,7 +77,7 @@ class Run:
 
     @property
     def needs_weights(self) -> bool:
-        return self.module == "bench.peers" or "--load" in self.arguments
+        return self.module in _READ_WEIGHTS or "--load" in self.arguments
 
 
 def ours(label: str, *arguments: str, **options: Any) -> Run:
@@ -113,6 +121,7 @@ class Claim:
     runs: tuple[Run, ...]
     judge: Callable[[Rows], list[Finding]]
     note: str = ""  # what a reader must know of how it was measured
+    model: str = DEFAULT_MODEL  # that it is about
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         """What rows say; failed ones count as missing."""
@@ -128,13 +137,12 @@ class Runner:
 
     def __init__(self, claim: Claim, a: argparse.Namespace) -> None:
         self.claim, self.a = claim, a
-        self.model = TINY_MODEL if a.tiny else a.model
+        self.model = TINY_MODEL if a.tiny else a.model or claim.model
         self.stop_at = time.monotonic() + a.time_limit
         work = Path(tempfile.gettempdir())
         self.checkpoint = a.checkpoint or work / f"finesight-bench-{self.model}"
         self.scratch = work / f"finesight-bench-scratch-{os.getpid()}"
-        suffix = "" if self.model == DEFAULT_MODEL else f"-{self.model}"
-        self.path: Path = a.results / f"{claim.name}{suffix}.json"
+        self.path = results_path(a.results, claim, self.model)
         self.rows: list[Row] = json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
 
     def run(self) -> list[Finding]:
@@ -155,7 +163,7 @@ class Runner:
     def arguments(self, run: Run) -> list[str]:
         """The arguments of a run as they are given to its script."""
         places = {"{model}": self.model, "{checkpoint}": str(self.checkpoint), "{scratch}": str(self.scratch), "{bpe}": str(self.a.bpe)}
-        further = shlex.split(self.a.ours) if run.module != "bench.peers" else shlex.split(self.a.theirs)
+        further = shlex.split(self.a.ours) if run.module not in PEERS else shlex.split(self.a.theirs)
         given = [*run.arguments, *further]
         if self.a.tiny:
             given = [argument for argument in given if argument not in _NOT_TINY] + [*TINY_ARGUMENTS[run.module], *run.tiny]
@@ -164,7 +172,7 @@ class Runner:
     def _measure(self, run: Run) -> None:
         key = {
             "module": run.module,
-            "arguments": [*run.arguments, *shlex.split(self.a.theirs if run.module == "bench.peers" else self.a.ours)],
+            "arguments": [*run.arguments, *shlex.split(self.a.theirs if run.module in PEERS else self.a.ours)],
         }
         found = None if run.repeats or self.a.fresh else self._measured_before(run, key)
         if found is not None:
@@ -198,9 +206,7 @@ class Runner:
         model = self.model if any("{model}" in argument for argument in run.arguments) else None
         for path in sorted(self.a.results.glob("*.json")):
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-            found = next(
-                (row for row in rows if "module" in row and _is_same(row, key, model, here, theirs=run.module == "bench.peers")), None
-            )
+            found = next((row for row in rows if "module" in row and _is_same(row, key, model, here, theirs=run.module in PEERS)), None)
             if found is None:
                 continue
             same = [row for row in rows if row["label"] == found["label"]]
@@ -225,9 +231,9 @@ class Runner:
 
     def _environment(self, run: Run) -> dict[str, str]:
         site = []
-        if self.a.peers and (run.module == "bench.peers" or run.packages):
+        if self.a.peers and (run.module in PEERS or run.packages):
             whole = _site(self.a.peers)
-            site = [str(whole if run.module == "bench.peers" else _part_of_site(whole, run.packages))]
+            site = [str(whole if run.module in PEERS else _part_of_site(whole, run.packages))]
         path = [*site, str(CHECKOUT), str(CHECKOUT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
         places = {"{scratch}": str(self.scratch)}
         own = {name: _filled(value, places) for name, value in run.environment.items()}
@@ -266,21 +272,31 @@ class Runner:
         return [row for line in output.getvalue().splitlines() if (row := _shown(line)) is not None]
 
     def _write(self) -> list[Finding]:
-        findings = self.claim.findings(self.rows)
-        order = {run.label: place for place, run in enumerate(self.claim.runs)}
-        self.rows.sort(key=lambda row: order.get(row["label"], len(order)))
-        content = {
-            "claim": self.claim.name,
-            "title": self.claim.title,
-            "model": self.model,
-            "findings": [{**asdict(finding), "reached": finding.reached} for finding in findings],
-            "rows": self.rows,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
-        return findings
+        return write_results(self.path, self.claim, self.model, self.rows)
+
+
+def results_path(folder: Path, claim: Claim, model: str) -> Path:
+    """Where the results of a claim lie; those about another model than its own are named after that."""
+    return folder / (f"{claim.name}.json" if model == claim.model else f"{claim.name}-{model}.json")
+
+
+def write_results(path: Path, claim: Claim, model: str, rows: list[Row]) -> list[Finding]:
+    """Writes rows, in the order of the claim's settings, with what they say; returns that."""
+    findings = claim.findings(rows)
+    order = {run.label: place for place, run in enumerate(claim.runs)}
+    rows.sort(key=lambda row: order.get(row["label"], len(order)))
+    content = {
+        "claim": claim.name,
+        "title": claim.title,
+        "model": model,
+        "findings": [{**asdict(finding), "reached": finding.reached} for finding in findings],
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return findings
 
 
 def _is_same(row: Row, key: Mapping[str, Any], model: str | None, here: Mapping[str, Any], *, theirs: bool) -> bool:
@@ -309,11 +325,24 @@ def _site(peers: Path) -> Path:
         return peers
     folder = Path(tempfile.gettempdir()) / f"finesight-bench-peers-{peers.stat().st_size}"
     if not folder.exists():
-        partial = folder.with_suffix(f".{os.getpid()}")
-        with tarfile.open(peers) as archive:
-            archive.extractall(partial, filter="data")
-        partial.rename(folder)
+        _unpack(peers, folder)
     return folder
+
+
+def _unpack(peers: Path, folder: Path) -> None:
+    """Unpacks beside the folder and moves into place, so that it is whole once it is there.
+
+    Of several processes at once the first one's folder stays: files may be in use from it already.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as partial:
+        site = Path(partial) / "site"
+        with tarfile.open(peers) as archive:
+            archive.extractall(site, filter="data")
+        try:
+            site.rename(folder)
+        except OSError:  # a folder that is not empty cannot be replaced
+            if not folder.is_dir():
+                raise
 
 
 def _part_of_site(site: Path, packages: Sequence[str]) -> Path:
@@ -324,15 +353,16 @@ def _part_of_site(site: Path, packages: Sequence[str]) -> Path:
         for path in (site / package, *site.glob(f"{package}-*.dist-info")):
             link = folder / path.name
             if path.exists() and not link.exists():
-                link.symlink_to(path.resolve())
+                with contextlib.suppress(FileExistsError):  # another process was faster
+                    link.symlink_to(path.resolve())
     return folder
 
 
 def _gist(row: Row) -> str:
-    name = f"{row['name']}: " if "name" in row else ""
+    name = next((f"{row[key]}: " for key in ("name", "what") if key in row), "")
     if row.get("failed"):
         return f"{name}FAILED: {row['reason']}"
-    figures = ("samples_s", "samples_s_wall", "peak_gib", "peak_allocated_gib", "wait_share")
+    figures = ("samples_s", "samples_s_wall", "peak_gib", "peak_allocated_gib", "wait_share", "step_ms", "share_percent", "activations_gib")
     shown = {figure: row[figure] for figure in figures if figure in row}
     return name + (", ".join(f"{figure} {value}" for figure, value in shown.items()) or "done")
 
@@ -345,7 +375,7 @@ def say(text: str) -> None:
 def parser_for(description: str) -> argparse.ArgumentParser:
     """The options of every claim."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--model", help="in place of the one that the claim is about")
     parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
     parser.add_argument(
         "--checkpoint", type=Path, help="folder for the checkpoint, written where it is missing; default: in the temporary folder"

@@ -18,25 +18,29 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import assembly, models, quantized, workload
+from bench import assembly, group_prompts, models, quantized, workload
 from bench.checkpoint import write_processor
 from bench.encoding import conversations
 from bench.memory_settings import GROUPS, Configuration
 from bench.planned import pack_of, planned
 from bench.rows import Row, emit, failed
+from finesight.data.conversation import Conversation
 from finesight.data.encode import Encoder
 from finesight.data.formats import ReadResult
+from finesight.data.pack import PackPlan
 from finesight.data.processor import Processor, load_processor
 from finesight.models.adapters import apply_tuning
 from finesight.models.load import LoadedModel
 from finesight.recipe import DataSettings, Recipe
 from finesight.training.prepare import Prepared, prepare
+from finesight.training.rollout_source import RolloutSource
+from finesight.training.run_sizes import rollout_sizes
 
 KIND: workload.Kind = "chart"
 ROWS = 128  # of the workload, to choose from
@@ -47,7 +51,7 @@ GIB = 2**30
 class MemorySession(assembly.MeasuredSession):
     """A measured session that leaves no weights on the disk."""
 
-    def _fill(self, folder: Path) -> None:
+    def _fill(self, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
         pass
 
 
@@ -98,7 +102,7 @@ class Bench:
             "system": "finesight",
             "name": configuration.name,
             "model": configuration.model,
-            "kind": KIND,
+            "kind": configuration.kind,
             "method": configuration.method,
             "recompute": configuration.activations,
             "token_budget": configuration.budget,
@@ -109,6 +113,7 @@ class Bench:
             "torch": torch.__version__,
             "steps": configuration.steps,
             "further": list(configuration.settings),
+            **({} if configuration.group is None else {"group": asdict(configuration.group)}),
         }
 
     def measure(self, configuration: Configuration) -> Row:
@@ -117,17 +122,17 @@ class Bench:
         a = self.arguments(configuration, checkpoint)
         with tempfile.TemporaryDirectory(prefix="finesight-bench-") as folder:
             processor = self.processor(configuration, checkpoint, assembly.recipe_of(a, checkpoint, Path(folder)).data)
-            rows = rows_that_fill(self.workload, processor, configuration.packs * configuration.budget)
-            a.batch = len(rows)
+            made, a.batch = self.conversations(configuration, processor)
             recipe = assembly.recipe_of(a, checkpoint, Path(folder) / "run")
-            prepared = prepare(recipe, processor=processor, sources=[ReadResult(conversations(rows, KIND), [], "messages", KIND)])
+            prepared = prepare(recipe, processor=processor, sources=[ReadResult(made, [], "messages", configuration.kind)])
             base = self.prepared_base(configuration, prepared)
             left_bytes = self.allocated() - assembly.weights_bytes(base.loaded.model)
             session = MemorySession(prepared, a, base.loaded, time.perf_counter())
             result = session.run()
         losses = [round(line["loss"], 6) for line in result.history if "loss" in line]
         refuse_wrong(losses, session.loaded.base.config.text_config.vocab_size)
-        packs = [pack_of(plan, session.packed.tower_shape) for plan in session.feed.plan(0, 0).plans]
+        packs = [pack_of(plan, session.packed.tower_shape) for plan in plans_of_step(session)]
+        rollout = rollout_sizes(prepared)
         compiled = configuration.compiled and not any("uncompiled" in note for note in session.notes)
         row: Row = {
             **self.settings_of(configuration),
@@ -137,6 +142,7 @@ class Bench:
             "packs_in_step": len(packs),
             "pack": max(packs, key=lambda pack: pack["tokens"]),
             "packs": packs,
+            **({} if rollout is None else {"rollout": asdict(rollout), "rollouts": rollout_figures(result.history)}),
             "steps_done": len(session.clock.ended),
             "step_s": [round(seconds, 4) for seconds in session.clock.step_s],
             "losses": losses,
@@ -164,11 +170,19 @@ class Bench:
         """The options of `bench.sft` that stand for a configuration."""
         parser = argparse.ArgumentParser()
         assembly.add_arguments(parser)
-        given = ["--model", configuration.model, "--checkpoint", str(checkpoint), "--kind", KIND, "--device", self.a.device]
+        given = ["--model", configuration.model, "--checkpoint", str(checkpoint), "--device", self.a.device]
         given += ["--budget", str(configuration.budget), "--activations", configuration.activations, "--workers", "0"]
         given += ["--steps", str(configuration.steps), "--warm", "1", *(["--compile"] if configuration.compiled else [])]
         given += [argument for override in configuration.overrides for argument in ("--set", override)]
         return parser.parse_args(given)
+
+    def conversations(self, configuration: Configuration, processor: Processor) -> tuple[list[Conversation], int]:
+        """The rows to train on, and how many samples (of reinforcement: completions) make a step."""
+        if configuration.group is not None:
+            prompts = group_prompts.conversations(processor, configuration.group, configuration.packs * configuration.steps)
+            return prompts, configuration.packs * configuration.group.generations
+        rows = rows_that_fill(self.workload, processor, configuration.packs * configuration.budget)
+        return conversations(rows, KIND), len(rows)
 
     def checkpoint(self, model: str) -> Path:
         """A folder with the model's processor and configuration; written where it is missing."""
@@ -240,6 +254,24 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
 
+def plans_of_step(session: MemorySession) -> tuple[PackPlan, ...]:
+    """The packs of a step; of reinforcement with completions as long as they may be, as nearly all of random weights are."""
+    source: Any = session.feed
+    if isinstance(source, RolloutSource):
+        return source.schedule.plan(0, 0, source.feed.token_budget).plans
+    plans: tuple[PackPlan, ...] = source.plan(0, 0).plans
+    return plans
+
+
+def rollout_figures(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of each step of reinforcement: seconds of the rollout, lengths, and how far the sampler's log-probabilities are from the update's."""
+    names = (
+        "rollout_s", "seconds", "reward", "completions/mean_length", "frac_reward_zero_std",
+        "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    )  # fmt: skip
+    return [{name: line[name] for name in names if name in line} for line in history if "loss" in line]
+
+
 def rows_that_fill(rows: Sequence[workload.Row], processor: Processor, tokens: int) -> list[workload.Row]:
     """The first rows that fill packs of so many tokens together; one at least.
 
@@ -273,10 +305,14 @@ def settings_of_recipe(recipe: Recipe) -> dict[str, Any]:
     given = recipe.model_dump(exclude_defaults=True)
     left_out = {("model", "name_or_path"), ("training", "output_dir")}
     return {
-        f"{section}.{name}": value
-        for section, settings in given.items()
-        for name, value in settings.items()
-        if (section, name) not in left_out
+        **{
+            f"{section}.{name}": value
+            for section, settings in given.items()
+            if isinstance(settings, dict)
+            for name, value in settings.items()
+            if (section, name) not in left_out
+        },
+        **{section: settings for section, settings in given.items() if isinstance(settings, list)},  # rewards
     }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from bench.workload import TINY_GROUP, GroupSetting
+
 POLICIES = ("selective", "full", "offload", "none")
 # What a base is kept in: settings of a recipe's section `model`.
 BF16: tuple[str, ...] = ()
@@ -47,6 +49,12 @@ class Configuration:
     cap_gib: float | None = None  # most memory that torch may reserve, to stand for a smaller card
     packs: int = 2  # of a step: gradients of the first are there while the second computes
     steps: int = 3  # optimizer steps; the first one is not measured
+    group: GroupSetting | None = None  # reinforcement: `packs` groups in each step; None: supervised training
+
+    @property
+    def kind(self) -> str:
+        """The workload."""
+        return "chart" if self.group is None else "group"
 
     @property
     def method(self) -> str:
@@ -59,7 +67,19 @@ class Configuration:
     def overrides(self) -> tuple[str, ...]:
         """Everything that differs from the recipe of `bench.assembly`."""
         pixels = () if self.max_pixels is None else (f"data.max_pixels={self.max_pixels}",)
-        return (*(f"model.{setting}=true" for setting in self.kept), *self.settings, *pixels, "training.shuffle=false")
+        kept = (f"model.{setting}=true" for setting in self.kept)
+        return (*kept, *self.settings, *pixels, *self._reinforcement, "training.shuffle=false")
+
+    @property
+    def _reinforcement(self) -> tuple[str, ...]:
+        if self.group is None:
+            return ()
+        return (
+            f"grpo.num_generations={self.group.generations}",
+            "grpo.image_ablation_steps=0",  # the first step would sample twice
+            f"rollout.max_completion_length={self.group.completion_tokens}",
+            "rewards=[bench.group_prompts:first_token_is_even]",
+        )
 
     @property
     def base(self) -> tuple[object, ...]:
@@ -70,7 +90,8 @@ class Configuration:
     def tiny(self, model: str) -> Configuration:
         """The same with a tiny model, to be tried on a CPU."""
         pixels = None if self.max_pixels is None else 192 * 192
-        return replace(self, model=model, budget=512, compiled=False, cap_gib=None, max_pixels=pixels, steps=2)
+        group = None if self.group is None else TINY_GROUP
+        return replace(self, model=model, budget=512, compiled=False, cap_gib=None, max_pixels=pixels, steps=2, group=group)
 
 
 def _every_policy(prefix: str, kept: tuple[str, ...]) -> Iterator[Configuration]:
@@ -121,6 +142,25 @@ def _others() -> Iterator[Configuration]:
     yield Configuration("2b-bf16-448", "qwen3-vl-2b", BF16, "full", 8192, max_pixels=SQUARE_448)
 
 
+def _groups(prefix: str, model: str, kept: tuple[str, ...], *sizes: int, cap_gib: float | None = None) -> Iterator[Configuration]:
+    """Reinforcement, one configuration for each group size. A pack takes a group of 8; larger ones are split over several."""
+    for size in sizes:
+        settings = () if kept == BF16 else (ADAM_8BIT,)
+        groups = 1 if size > 8 else 2
+        yield Configuration(
+            f"{prefix}-{size}",
+            model,
+            kept,
+            "full",
+            4096,
+            settings,
+            cap_gib=cap_gib,
+            packs=groups,
+            steps=2,
+            group=GroupSetting(generations=size),
+        )
+
+
 # In the order in which they are to be measured.
 GROUPS: dict[str, tuple[Configuration, ...]] = {
     "8b-quantised": tuple(_eight_quantised()),
@@ -139,6 +179,14 @@ GROUPS: dict[str, tuple[Configuration, ...]] = {
         *_least("30b-a3b", "qwen3-vl-30b-a3b", cap_gib=20)[:2],
         Configuration("30b-a3b-full", "qwen3-vl-30b-a3b", FOUR_BIT_ALL, "full", 4096, (ADAM_8BIT,), cap_gib=20),
         Configuration("30b-a3b-4bit", "qwen3-vl-30b-a3b", FOUR_BIT, "offload", 2048, (ADAM_8BIT,)),
+    ),
+    "8b-grpo": (
+        *_groups("8b-grpo-16gib", "qwen3-vl-8b", FOUR_BIT_ALL, 8, 32, cap_gib=16),
+        *_groups("8b-grpo-bf16", "qwen3-vl-8b", BF16, 8),
+    ),
+    "4b-grpo": (
+        *_groups("4b-grpo-bf16", "qwen3-vl-4b", BF16, 8, 4, 32),
+        *_groups("4b-grpo-4bit", "qwen3-vl-4b", FOUR_BIT, 8),
     ),
     "8b-tuned": tuple(_eight_full_tuning()),
     "72b": _least("2.5-72b", "qwen2.5-vl-72b"),

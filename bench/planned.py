@@ -12,6 +12,7 @@ from finesight.recipe_files import load_recipe
 if TYPE_CHECKING:
     from finesight.data.layout import TowerShape
     from finesight.data.pack import PackPlan
+    from finesight.planner.plan import MemoryPlan
 
 Pack = dict[str, Any]
 GIB = 2**30
@@ -35,33 +36,36 @@ def pack_of(plan: PackPlan, tower: TowerShape) -> Pack:
     }
 
 
-def planned(row: Mapping[str, Any], checkpoint: str | Path | None = None) -> dict[str, Any]:
-    """The planner's figures for a step of a row's packs, in GiB; where it cannot say, the reason.
+def plan_of_row(row: Mapping[str, Any], checkpoint: str | Path | None = None) -> MemoryPlan:
+    """The plan of a step of a row's packs.
 
     Args:
-        row: of `bench.memory`, measured or not: model, settings, packs, compiled, torch, dtype.
+        row: of `bench.memory`, measured or not: model, settings, packs, compiled, torch, dtype; of reinforcement also rollout.
         checkpoint: folder with the model's configuration; None: the planner knows the model by its name.
     """
+    from finesight.planner.activations import Execution
+    from finesight.planner.catalogue import find_shape
+    from finesight.planner.plan import plan_memory
+    from finesight.planner.shapes import read_shape
+    from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes
+
+    shape = find_shape(row["model"]) if checkpoint is None else read_shape(checkpoint)
+    settings = [f"{name}={json.dumps(value)}" for name, value in row["settings"].items()]
+    recipe = load_recipe(None, [f"model.name_or_path={row['model']}", *settings])
+    packs = tuple(PackSizes(**{**pack, "patches": tuple(pack["patches"])}) for pack in row["packs"])
+    # Attention repeats keys and values for each query head before torch 2.12; on a CPU it goes by groups of like lengths.
+    before_2_12 = tuple(int(part) for part in row["torch"].split(".")[:2]) < (2, 12)
+    on_cpu = row["dtype"] == "float32"
+    execution = Execution(compiled=row["compiled"], repeats_keys=before_2_12 and not on_cpu, grouped=on_cpu)
+    rollout = RolloutSizes(**row["rollout"]) if row.get("rollout") else None
+    sizes = RunSizes((packs,), source="the packs measured", rollout=rollout)
+    return plan_memory(shape, recipe, sizes, execution=execution, precision=row["dtype"])
+
+
+def planned(row: Mapping[str, Any], checkpoint: str | Path | None = None) -> dict[str, Any]:
+    """The figures of :func:`plan_of_row` in GiB; where the planner cannot say, the reason."""
     try:
-        from finesight.planner.activations import Execution
-        from finesight.planner.plan import plan_memory
-        from finesight.planner.shapes import read_shape
-        from finesight.planner.sizes import PackSizes, RunSizes
-
-        if checkpoint is None:
-            from finesight.planner.catalogue import find_shape
-
-            shape = find_shape(row["model"])
-        else:
-            shape = read_shape(checkpoint)
-        settings = [f"{name}={json.dumps(value)}" for name, value in row["settings"].items()]
-        recipe = load_recipe(None, [f"model.name_or_path={row['model']}", *settings])
-        packs = tuple(PackSizes(**{**pack, "patches": tuple(pack["patches"])}) for pack in row["packs"])
-        # Attention repeats keys and values for each query head before torch 2.12; on a CPU it goes by groups of like lengths.
-        before_2_12 = tuple(int(part) for part in row["torch"].split(".")[:2]) < (2, 12)
-        on_cpu = row["dtype"] == "float32"
-        execution = Execution(compiled=row["compiled"], repeats_keys=before_2_12 and not on_cpu, grouped=on_cpu)
-        plan = plan_memory(shape, recipe, RunSizes((packs,), source="the packs measured"), execution=execution, precision=row["dtype"])
+        plan = plan_of_row(row, checkpoint)
     except Exception as error:  # a plan that fails is a result, and takes nothing from the measurement
         return {"reason": f"{type(error).__name__}: {error}"[:400]}
     parts = plan.peak.parts
@@ -75,12 +79,13 @@ def planned(row: Mapping[str, Any], checkpoint: str | Path | None = None) -> dic
 
 
 def error_percent(row: Mapping[str, Any]) -> float | None:
-    """Plan over measurement, in percent: above 0 where more is planned than was needed. None: one of them is missing.
+    """Plan over measurement, in percent: above 0 where more is planned than was needed. None: one of them is missing, or the row
+    says that what it measured has been replaced since (`superseded`).
 
     The plan is the present planner's, made anew from the row; what it said as the row was measured stands in the row.
     """
     measured = row.get("peak_allocated_gib")
-    if not measured:
+    if not measured or row.get("superseded"):
         return None
     said = planned(row).get("peak_allocated_gib")
     return None if said is None else 100 * (said / measured - 1)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Packs what a GPU machine without a network needs beside torch and transformers to run the peers:
+# Packs what a GPU machine without a network needs beside torch and transformers to run the peers, and servers:
 #   bench/prepare_peers.sh OUT_DIR
-# writes OUT_DIR/peers.tar.xz (Unsloth, TRL and what they stand on, about 20 MB) and OUT_DIR/qwen.tiktoken (the vocabulary of
+# writes OUT_DIR/peers.tar.xz (Unsloth, TRL, what `transformers serve` and our server need, and what they stand on, about 20 MB) and OUT_DIR/qwen.tiktoken (the vocabulary of
 # the Qwen models, from the dashscope package). Neither is committed. The claims take both with --peers and --bpe.
 # Target: Python 3.12, Linux x86-64, CUDA 13. Works beside torch 2.11 and transformers 5.17 (seen 2026-11-20).
 set -euo pipefail
@@ -23,7 +23,8 @@ done
   --python-version 3.12 --implementation cp "${platforms[@]}" \
   unsloth==2026.10.9 unsloth_zoo==2026.10.9 trl==1.15.0 datasets==4.8.0 bitsandbytes==0.50.2 liger-kernel==0.8.5 peft==0.21.2 \
   cut-cross-entropy qwen-vl-utils tyro hf_transfer msgspec json5 structlog nest-asyncio docstring-parser shtab multiprocess dill \
-  torchao diffusers accelerate pydantic pydantic-core annotated-types typing-inspection
+  torchao diffusers accelerate pydantic pydantic-core annotated-types typing-inspection \
+  fastapi==0.165.0 starlette==1.10.0 uvicorn==0.54.0 opentelemetry-api==1.45.2 openai==2.47.0 jiter distro sniffio
 # Parts for other hardware, and an editor: most of the size, never used.
 rm -rf "$work/site/studio" "$work/site/bin" "$work"/site/bitsandbytes/libbitsandbytes_{rocm*,xpu*,cuda11*,cuda12*,cuda132*}.so
 tar -C "$work/site" -cJf "$out/peers.tar.xz" .

@@ -54,15 +54,15 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
-def summary(intervals: Sequence[Interval], step_us: float, busy_us: float) -> Row:
-    """Times by group, gaps, and the five largest costs by name."""
+def summary(intervals: Sequence[Interval], step_us: float, busy_us: float, most: int = 5) -> Row:
+    """Times by group, gaps, and the `most` largest costs by name."""
     groups = _gathered(intervals, lambda interval: group_of(interval.name))
     names = _gathered(intervals, lambda interval: short_name(interval.name))
     return {
         "step_s": significant(step_us / 1e6),
         "gaps": {"seconds": significant((step_us - busy_us) / 1e6), "share": significant(1 - busy_us / step_us, 3)},
         "groups": {group: _cost(members, step_us) for group, members in groups},
-        "largest": [{"name": name, "group": group_of(members[0].name), **_cost(members, step_us)} for name, members in names[:5]],
+        "largest": [{"name": name, "group": group_of(members[0].name), **_cost(members, step_us)} for name, members in names[:most]],
     }
 
 
@@ -98,6 +98,30 @@ def covered(intervals: Iterable[Interval]) -> float:
         total += max(0.0, stop - max(end, interval.start_us))
         end = max(end, stop)
     return total
+
+
+def figures_of(recorded: profile, on_gpu: bool, most: int = 5) -> Row:
+    """The summary of what was recorded within `record_function(STEP)`; the `most` largest costs are named."""
+    return _kernels(recorded, most) if on_gpu else _operators(recorded, most)
+
+
+def _kernels(recorded: profile, most: int) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if event.get("ph") == "X"]
+    step = next(event for event in events if event["name"] == STEP and event.get("cat") == "user_annotation")
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    kernels = [Interval(event["name"], event["ts"], event["dur"]) for event in events if event.get("cat") in kinds]
+    return {**summary(kernels, step["dur"], covered(kernels), most), "launches": len(kernels)}
+
+
+def _operators(recorded: profile, most: int) -> Row:
+    averages = [event for event in recorded.key_averages() if event.key != STEP]
+    operators = [Interval(event.key, 0.0, event.self_cpu_time_total, event.count) for event in averages]
+    whole = next(event for event in recorded.key_averages() if event.key == STEP).cpu_time_total
+    launches = sum(event.count for event in averages)
+    return {**summary(operators, whole, sum(operator.us for operator in operators), most), "launches": launches}
 
 
 class StepProfile:
@@ -136,23 +160,7 @@ class StepProfile:
         """
         if self._mark is None:
             raise ValueError(f"step {self.number} never began")
-        return self._kernels() if self.on_gpu else self._operators()
-
-    def _kernels(self) -> Row:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            self.profile.export_chrome_trace(str(path))
-            events = [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if event.get("ph") == "X"]
-        step = next(event for event in events if event["name"] == STEP and event.get("cat") == "user_annotation")
-        kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-        kernels = [Interval(event["name"], event["ts"], event["dur"]) for event in events if event.get("cat") in kinds]
-        return {**summary(kernels, step["dur"], covered(kernels)), "launches": len(kernels)}
-
-    def _operators(self) -> Row:
-        averages = [event for event in self.profile.key_averages() if event.key != STEP]
-        operators = [Interval(event.key, 0.0, event.self_cpu_time_total, event.count) for event in averages]
-        whole = next(event for event in self.profile.key_averages() if event.key == STEP).cpu_time_total
-        return {**summary(operators, whole, sum(operator.us for operator in operators)), "launches": sum(event.count for event in averages)}
+        return figures_of(self.profile, self.on_gpu)
 
 
 def main(arguments: list[str] | None = None) -> None:

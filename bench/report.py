@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import steps_report
 from bench.claim import DEFAULT_MODEL, RESULTS, Claim, Finding, say
 from bench.claims import NAMES, claim_of
 from bench.machine import CHECKOUT
@@ -39,14 +40,15 @@ class Results:
     @property
     def models(self) -> list[str]:
         """The default one first, measured or not."""
-        return [DEFAULT_MODEL, *sorted({model for model, _ in self.rows} - {DEFAULT_MODEL})]
+        others = {model for model, _ in self.rows} | {claim_of(name).model for name in NAMES}
+        return [DEFAULT_MODEL, *sorted(others - {DEFAULT_MODEL})]
 
     def of(self, model: str, claim: str) -> list[Row]:
         return self.rows.get((model, claim), [])
 
     def findings(self, model: str) -> list[tuple[Claim, Finding]]:
-        """What is to be reached, with what was measured; for other models only the claims that were measured."""
-        claims = [claim_of(name) for name in NAMES if model == DEFAULT_MODEL or (model, name) in self.rows]
+        """What is to be reached, with what was measured; of models that a claim is not about only if it was measured."""
+        claims = [claim for name in NAMES if (claim := claim_of(name)).model == model or (model, name) in self.rows]
         found = []
         for claim in claims:
             rows = self.of(model, claim.name)
@@ -200,7 +202,7 @@ def _adapter_costs(measured: Sequence[Row]) -> str:
 
 def _memory(measured: Sequence[Row]) -> str:
     head = [
-        "model", "setting", "packs of a step", "largest: tokens, patches", "weights", "while made", "between steps", "peak", "reserved", "planned", "plan off by",
+        "model", "setting", "packs of a step", "largest: tokens, patches", "weights", "while made", "after a backward pass", "peak", "reserved", "planned", "plan off by",
     ]  # fmt: skip
     lines = []
     for row in measured:
@@ -223,12 +225,87 @@ def _memory_setting(row: Row) -> str:
     if "method" not in row:
         return row["label"]
     parts = [row["method"], f"policy {row['recompute']}", f"packs of {row['token_budget']:,} tokens"]
+    parts += [f"GRPO, groups of {row['group']['generations']}"] if row.get("group") else []
     parts += [f"at most {row['max_pixels']:,} pixels"] if row["max_pixels"] else []
     parts += [setting.partition(".")[2] for setting in row["further"] if not setting.startswith(("tuning.", "training.optim=adamw"))]
     parts += ["compiled"] if row["compiled"] else []
     parts += [f"cap of {row['cap_gib']:g} GiB"] if row["cap_gib"] else []
     parts += [f"out of memory {row['out_of_memory']} times"] if row.get("out_of_memory") else []
     return ", ".join(parts)
+
+
+def _decoding(measured: Sequence[Row]) -> str:
+    """Steps of decoding, and what the profiles name."""
+    head = ["model", "form", "what", "ms a step", "tokens/s", "weights GB", "keys and values GB", "bound, ms", "share of the bound"]
+    lines, profiles = [], []
+    for row in measured:
+        what = [row.get("model", ""), _form(row), row.get("what", row["label"])]
+        if row.get("failed"):
+            lines.append([*what, f"failed: {row['reason']}", *[""] * 5])
+        elif row["what"] == "profile":
+            profiles.append(row)
+        elif row["what"] != "copy":
+            keys = ("step_ms", "tokens_s", "weights_gb", "keys_values_gb", "bound_ms", "share_percent")
+            lines.append([*what, *(_number(row, key) for key in keys)])
+    copies = [
+        f"Copy on the GPU: {row['gb_s']:g} GB/s, read and written ({row['model']})."
+        for row in measured
+        if row.get("what") == "copy" and "gb_s" in row
+    ]
+    return "\n".join(["\n".join(copies) + "\n", table(head, lines), *(_decode_profile(row) for row in profiles)])
+
+
+def _form(row: Row) -> str:
+    if "adapter" not in row:
+        return "–"
+    return f"{'with an adapter' if row['adapter'] else 'base alone'}, {'compiled' if row['compiled'] else 'not compiled'}"
+
+
+def _decode_profile(row: Row) -> str:
+    largest = [
+        [f"`{cost['name']}`", cost["group"], f"{1e3 * cost['seconds']:.3g}", f"{100 * cost['share']:.1f}%", f"{cost['calls']:,}"]
+        for cost in row["largest"]
+    ]
+    title = f"Kernels of one step, {row['model']}, {_form(row)} ({row['launches']:,} launches, {1e3 * row['step_s']:.3g} ms):"
+    return f"{title}\n\n" + table(["kernel", "what", "ms", "share of the step", "launches"], largest)
+
+
+def _updates(measured: Sequence[Row]) -> str:
+    """Updates of groups: seconds, and memory beyond what is there before."""
+    head = ["model", "form", "completions", "packs", "tokens computed", "s a step", "activations, GiB", "completions' own share, GiB"]
+    lines = []
+    for row in measured:
+        if row.get("failed"):
+            lines.append([row.get("model", ""), _update_form(row), row.get("generations", ""), f"failed: {row['reason']}", *[""] * 4])
+            continue
+        figures = [
+            row["generations"],
+            row["packs"],
+            f"{row['tokens']:,}",
+            *(_number(row, key) for key in ("step_s", "activations_gib", "own_share_gib")),
+        ]
+        lines.append([row["model"], _update_form(row), *figures])
+    return table(head, lines)
+
+
+def _update_form(row: Row) -> str:
+    if "shared" not in row:
+        return row["label"]
+    compiled = "compiled" if row["compiled"] else "not compiled"
+    return f"{'prompt shared' if row['shared'] else 'nothing shared'}, policy {row['policy']}, packs of {row['token_budget']:,} tokens, {compiled}"
+
+
+def _update_comparisons(measured: Sequence[Row]) -> str:
+    head = ["model", "loss, nothing shared", "loss, prompt shared", "gradients' norm", "gradients apart, relative"]
+    keys = ("loss_unshared", "loss_shared", "gradient_norm", "gradients_apart")
+    lines = [
+        [
+            row.get("model", row["label"]),
+            *([f"failed: {row['reason']}", "", "", ""] if row.get("failed") else (_number(row, key) for key in keys)),
+        ]
+        for row in measured
+    ]
+    return table(head, lines)
 
 
 _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -238,6 +315,12 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "exactness": _exactness,
     "adapter_cost": _adapter_costs,
     "memory": _memory,
+    "decode": _decoding,
+    "grpo_update": _updates,
+    "grpo_memory": _updates,
+    "grpo_compared": _update_comparisons,
+    "grpo_step": lambda measured: table(*steps_report.grpo_steps(measured)),
+    "serve": lambda measured: table(*steps_report.serving(measured)),
 }
 
 

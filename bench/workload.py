@@ -30,6 +30,29 @@ CHART_PROMPT = (
 )
 
 
+@dataclass(frozen=True)
+class GroupSetting:
+    """Tokens of a prompt, and of the completions that go on from it."""
+
+    visual_tokens: int = 1024  # of its image; a square
+    text_tokens: int = 100  # everything else of the prompt, the chat template's tokens included
+    completion_tokens: int = 256
+    generations: int = 8  # completions of a prompt
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.visual_tokens + self.text_tokens
+
+    @property
+    def group_tokens(self) -> int:
+        """Of a prompt and all of its completions, the prompt once."""
+        return self.prompt_tokens + self.generations * self.completion_tokens
+
+
+# What tiny models can be tried with: their images have at most 24 visual tokens.
+TINY_GROUP = GroupSetting(visual_tokens=16, text_tokens=60, completion_tokens=8, generations=2)
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One question about one image. Rows about the same image hold the same image object."""
@@ -44,7 +67,7 @@ def rows(kind: Kind, count: int, *, seed: int = 0, per_image: int = 1) -> list[R
     rng = random.Random(seed)
     made: list[Row] = []
     while len(made) < count:
-        image = _draw(rng.choice(CHART_SIZES if kind == "chart" else PHOTO_SIZES), rng)
+        image = picture(rng.choice(CHART_SIZES if kind == "chart" else PHOTO_SIZES), rng)
         for _ in range(per_image):
             question = _words(rng, 12, 24) + "?"
             if kind == "chart":
@@ -66,7 +89,8 @@ def _words(rng: random.Random, fewest: int, most: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(fewest, most)))
 
 
-def _draw(size: tuple[int, int], rng: random.Random) -> Image.Image:
+def picture(size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """A drawn bar chart of (width, height) pixels."""
     image = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(image)
     width, height = size

@@ -11,7 +11,8 @@ import pytest
 import finesight
 from tiny import tiny_checkpoint
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune_charts.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLE = EXAMPLES / "finetune_charts.py"
 
 
 @pytest.mark.parametrize("name", finesight.__all__)
@@ -37,3 +38,16 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert len(Path("runs/charts/data/train.jsonl").read_text(encoding="utf-8").splitlines()) == 8
     loaded = finesight.load(str(model), adapter="runs/charts/run/adapter")
     assert loaded.metadata is not None and loaded.metadata.family == "qwen3_vl"
+
+
+def test_the_example_of_reinforcement_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = EXAMPLES / "reinforce_counting.py"
+    model = tiny_checkpoint(tmp_path / "model", "qwen3_vl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", [str(example), "--model", str(model), "--pictures", "4", "--max-steps", "2", "--output", "runs/counting"]
+    )
+    runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "held-out reward:" in printed and "report: runs/counting/report.html" in printed
+    assert Path("runs/counting/adapter/adapter_model.safetensors").is_file() and Path("runs/counting/report.html").is_file()

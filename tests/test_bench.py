@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import json
 import subprocess
+import tarfile
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench import arithmetic, assembly, claim, comparison, models, profile_step, report, rows, workload
+from bench import arithmetic, assembly, claim, comparison, merge, models, profile_step, report, rows, workload
 from bench.checkpoint import main as make_checkpoint
 from bench.checkpoint import write_processor
 from bench.claims import NAMES, claim_of
@@ -346,8 +348,14 @@ def tiny_arguments(checkpoints: dict[str, Path], results: Path, *further: str) -
 # Of claims with many settings, those that are tried; the others differ in no more than names of settings.
 TRIED = {
     "memory": ("30b-a3b", "8b-tuned"),
+    "grpo_step": ("ours", "trl-8"),
+    "serve": ("ours",),
     "chart_memory": ("unsloth-8-checkpointing", "ours-offload-4096", "ours-fp8-all-full-13312", "ours-fp8-selective-2048"),
 }
+
+
+# Claims whose one setting runs a peer beside ours, which the machine of the tests may lack.
+PEERS_NEEDED = ("serve_cpu",)
 
 
 @pytest.fixture(scope="module")
@@ -366,8 +374,8 @@ class TestClaims:
         content = json.loads((tried / f"{name}-{claim.TINY_MODEL}.json").read_text(encoding="utf-8"))
         mine = claim_of(name)
         assert {row["label"] for row in content["rows"]} == set(TRIED.get(name, [run.label for run in mine.runs]))
-        ours = [row for row in content["rows"] if row["module"] != "bench.peers"]
-        assert ours or name.startswith("peer")
+        ours = [row for row in content["rows"] if row["module"] not in claim.PEERS and name not in PEERS_NEEDED]
+        assert ours or name.startswith("peer") or name in PEERS_NEEDED
         assert not [row["reason"] for row in ours if row.get("failed")]
         assert [finding["what"] for finding in content["findings"]] == [finding.what for finding in mine.findings([])]
 
@@ -471,6 +479,23 @@ class TestRunner:
         assert "site" not in runner._environment(claim.ours("two"))["PYTHONPATH"]
         assert runner._environment(claim.peer("three", "trl"))["PYTHONPATH"].startswith(f"{tmp_path / 'site'}:")
 
+    def test_the_peers_are_unpacked_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of two claims that begin at the same time the later one takes what the first one has unpacked."""
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        (tmp_path / "trl").mkdir()
+        (tmp_path / "trl" / "__init__.py").write_text("")
+        archive = tmp_path / "peers.tar.xz"
+        with tarfile.open(archive, "w:xz") as file:
+            file.add(tmp_path / "trl", "trl")
+        site = claim._site(archive)
+        mark = site / "in_use"
+        mark.touch()
+        claim._unpack(archive, site)  # both saw that there was none
+        assert mark.exists() and (site / "trl" / "__init__.py").exists()
+        assert {path.name for path in tmp_path.iterdir()} == {"trl", archive.name, site.name}
+        with pytest.raises(OSError):
+            claim._unpack(archive, archive)  # what is in the way is no folder
+
     def test_the_vocabulary_is_named_where_it_was_given(self, tmp_path: Path) -> None:
         run = claim.Run("one", "bench.memory", ("4b", "--bpe={bpe}"))
         for given, expected in (([], ["4b"]), (["--bpe", "some.tiktoken"], ["4b", "--bpe=some.tiktoken"])):
@@ -505,6 +530,41 @@ def made_row(label: str, samples_s: float, **values: Any) -> dict[str, Any]:
         "versions": {"torch": "2.11.0"}, "code": {"commit": "abc", "sources": "def"}, "measured_at": "2026-01-02T03:04:05Z",
     }  # fmt: skip
     return {**row, **values}
+
+
+class TestMerge:
+    """Results of calls in folders of their own."""
+
+    @staticmethod
+    def row(label: str, day: int, **values: Any) -> dict[str, Any]:
+        return {"label": label, "measured_at": f"2026-01-{day:02}T00:00:00Z", **values}
+
+    def test_what_was_measured_last_stays(self) -> None:
+        row = self.row
+        before = [row("a", 2, value=1), row("b", 2, value=1), row("c", 2, failed=True), row("d", 2, value=1)]
+        further = [row("a", 3, value=2), row("b", 1, value=2), row("c", 3, value=2), row("d", 3, failed=True), row("e", 1, failed=True)]
+        assert merge.merged(before, further) == [further[0], before[1], further[2], before[3], further[4]]
+        assert merge.merged(merge.merged(before, further), further) == merge.merged(before, further)
+
+    def test_configurations_of_a_group_by_name(self) -> None:
+        row = self.row
+        before = [row("a", 1, name="x", value=1), row("a", 1, name="y", value=1), row("a", 1, name="z", failed=True)]
+        further = [row("a", 2, name="x", value=2), row("a", 2, name="y", failed=True), row("a", 2, name="z", failed=True)]
+        assert merge.merged(before, further) == [further[0], before[1], further[2]]
+        assert merge.merged([row("a", 1, failed=True)], further) == further
+
+    def test_into_the_files_of_the_claims(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        first, second, into = (tmp_path / name for name in ("first", "second", "into"))
+        for folder, label in ((first, "4b"), (second, "2b")):
+            path = claim.results_path(folder, claim_of("memory"), claim.DEFAULT_MODEL)
+            claim.write_results(path, claim_of("memory"), claim.DEFAULT_MODEL, [self.row(label, 1, failed=True, reason="none")])
+        merge.main([str(first), str(second), "--into", str(into)])
+        content = json.loads((into / "memory.json").read_text(encoding="utf-8"))
+        assert [row["label"] for row in content["rows"]] == ["4b", "2b"]  # in the order of the claim
+        assert content["findings"] and content["claim"] == "memory"
+        assert "not measured" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="no results"):
+            merge.merge_folder(tmp_path, into)
 
 
 class TestComparison:

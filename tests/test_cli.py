@@ -124,6 +124,11 @@ class TestInit:
         ran = run("init", "--column", column, "-o", "other.yaml")
         assert ran.status == 2 and word in ran.err and not Path("other.yaml").exists()
 
+    def test_graders_are_known_or_the_users_own(self, work: Path, run: Run) -> None:
+        ran = run("init", "--grader", "exact_mach", "-o", "other.yaml")
+        assert ran.status == 2 and "Did you mean 'exact_match'" in ran.err and not Path("other.yaml").exists()
+        assert run("init", "--grader", "mine.py:not_written_yet", "-o", "other.yaml").status == 0
+
     def test_full_tuning_without_hold_out(self, work: Path, run: Run) -> None:
         assert run("init", "--method", "full", "--eval-split", "none", "-o", "deep/full.yaml").status == 0
         recipe = load_recipe("deep/full.yaml")
@@ -329,13 +334,18 @@ class TestWholePath:
         assert "runs/full/model" in Path("runs/full/eval/report.html").read_text(encoding="utf-8")
 
     def test_predict_sees_what_was_trained_on(self, work: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
-        """System prompt and pixel limits come from the adapter; a limit given anew is warned about."""
+        """System prompt, pixel limits and the bits of the base come from the adapter; what is given anew is warned about."""
         settings = ("data.train.0.system=Be brief.", "data.min_pixels=4096", "data.max_pixels=8192", "training.max_steps=1")
+        settings = (*settings, "model.load_in_8bit=true")
         assert run("train", "recipe.yaml", *settings, "training.eval_strategy=no").status == 0
         common = ("predict", "data/images/0.png", "--adapter", "runs/a", "-q", "What number?", "--max-completion-length", "1")
         ran = run(*common)
         assert ran.status == 0, ran.err
         assert json.loads(ran.out)["question"] == "system: Be brief.\nuser: What number?"
+        assert "The base is loaded in 8bit, as runs/a/adapter was trained over" in caplog.text and "GiB 8-bit" in caplog.text
+        caplog.clear()
+        assert run(*common, "--unquantized").status == 0
+        assert "GiB 8-bit" not in caplog.text and "the base is loaded otherwise now" in caplog.text
         assert json.loads(run(*common, "--system", "Be kind.").out)["question"].startswith("system: Be kind.")
         checked = run("check", "recipe.yaml", "model.adapter=runs/a/adapter", "--json")  # to go on from it
         assert json.loads(checked.out)["tokens"]["visual"]["max"] <= 8  # of 32 x 32 pixels
@@ -426,7 +436,7 @@ class TestPredictWithDamagedImages:
         assert ran.status == 2 and "None of the rows can be used" in ran.err and not list(Path().glob("a.jsonl*"))
 
     def test_messages_name_options(self) -> None:
-        from finesight.cli.predict import in_flags
+        from finesight.cli.flags import in_flags
 
         text = "x lies at /m/x, outside; add /m to data.allowed_dirs, or set the source.media_dir to it"
         assert in_flags(text) == "x lies at /m/x, outside; give --media-dir /m"

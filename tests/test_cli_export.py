@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftConfig
+from safetensors.torch import load_file
 
 from finesight.cli import main
 from finesight.models.load import load_model
 from finesight.recipe import ModelSettings
 from finesight.training.run import train
 from tiny import tiny_checkpoint
+from tiny_adapters import make_adapter
 from tiny_runs import tiny_recipe, write_rows
 
 Call = Callable[..., tuple[int, str, str]]
@@ -73,6 +76,18 @@ def test_adapter_where_the_data_is_gone(trained: Path, call: Call, tmp_path: Pat
     status, _, err = call("export", run / "adapter", "--to", "adapter", "--prompts", 1, "-o", tmp_path / "out")
     assert status == 0 and "the run's data cannot be read from here" in err and "Verified on drawn images." in err
     assert PeftConfig.from_pretrained(str(tmp_path / "out")).r == 4
+
+
+def test_merged_from_an_adapter_over_a_quantised_base(trained: Path, call: Call, tmp_path: Path) -> None:
+    """The checkpoint is read as it is stored; --base says into which of its values is merged."""
+    adapter = make_adapter(trained / "base", tmp_path / "adapter", "qwen3_vl", model={"load_in_8bit": True})
+    for base in ("trained", "stored"):
+        command = ("export", adapter, "--to", "merged", "--base", base, "--dtype", "float32", "--prompts", 1)
+        status, _, err = call(*command, "-o", tmp_path / base)
+        assert status == 0, err
+        assert "--unquantized" not in err and ("these stand for" in err) is (base == "trained")
+    weights = [load_file(tmp_path / base / "model.safetensors") for base in ("trained", "stored")]
+    assert not torch.equal(*(each["model.language_model.layers.0.mlp.up_proj.weight"] for each in weights))
 
 
 def test_hub_is_asked_for_first(trained: Path, call: Call, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from finesight.cli import main
 from finesight.cli.plan import Target, plan_recipe
+from finesight.planner.text import heading
 from finesight.recipe_files import load_recipe
 from tiny import tiny_checkpoint
 from tiny_runs import MAX_PIXELS, MIN_PIXELS, write_rows
@@ -56,6 +58,47 @@ class TestPlan:
         assert status == 1
         assert "Does not fit" in out and "12.00 GiB are there" in out
 
+    def test_a_card_with_other_memory(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """--gpu-name says how fast the card is and what it can do, --gpu what memory there is of it."""
+        _, out, _ = run(capsys, "plan", recipe, "--gpu-name", "4090", "--gpu", "12GiB")
+        assert "12.00 GiB of RTX 4090 (--gpu; the card itself has 24 GiB) are there" in out
+        target = Target.of("12GiB", "4090")
+        assert (target.gpu.name, target.available_bytes) == ("RTX 4090", 12 * 2**30)
+        assert run(capsys, "plan", recipe, "--gpu", "")[0] == 2 and run(capsys, "plan", recipe, "--gpu-name", "")[0] == 2
+
+    @pytest.mark.parametrize("columns", ["70", "80"])
+    def test_changes_are_shown_whole(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out, _ = run(capsys, "plan", recipe, "--gpu-name", "RTX 4090")
+        changes = json.loads(run(capsys, "plan", recipe, "--gpu-name", "RTX 4090", "--json")[1])["changes"]
+        listed = out.split("What would change it most:")[1]
+        assert max(map(len, out.splitlines())) <= int(columns)
+        assert [word for word in listed.split() if "=" in word] == [
+            f"{name}={str(value).lower()}" for change in changes for name, value in change["settings"].items()
+        ]
+
+    @pytest.mark.parametrize(
+        ("model", "asked", "kept"),
+        [
+            ("30B-A3B", ["load_in_8bit"], "8-bit integer: attention; in bfloat16: vocabulary, experts, tower, merger"),
+            ("30B-A3B", ["load_in_4bit"], "4-bit (NF4): attention, experts; in bfloat16: vocabulary, tower, merger"),
+            (
+                "8B",
+                ["load_in_4bit", "quantize_vocabulary", "quantize_tower"],
+                "4-bit (NF4): attention, MLP, tower, merger; in 8-bit integer: vocabulary",
+            ),
+        ],
+    )
+    def test_what_is_quantised_is_said(
+        self, recipe: Path, capsys: pytest.CaptureFixture[str], model: str, asked: list[str], kept: str
+    ) -> None:
+        overrides = [f"model.{name}=true" for name in asked]
+        _, out, _ = run(capsys, "plan", recipe, f"model.name_or_path=Qwen/Qwen3-VL-{model}-Instruct", *overrides)
+        assert f"\nKept in {kept}\n" in re.sub(r" +\n", "\n", out)
+        assert "Kept in" not in run(capsys, "plan", recipe)[1]
+
     def test_without_a_gpu(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "plan", recipe)
         assert status == 0 and "Give --gpu 16GiB or --gpu-name" in out
@@ -70,6 +113,16 @@ class TestPlan:
     def test_sizes_in_place_of_data(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         _, out, _ = run(capsys, "plan", recipe, "--tokens", "4096", "--pixels", 448 * 448, "--gpu", "80GiB")
         assert "packs of 4,096 tokens, filled with images of about 448 × 448 pixels" in out
+
+    def test_several_gpus(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        full = ("tuning.method=full", "--gpu", "80GiB")
+        status, out, _ = run(capsys, "plan", recipe, *full, "--gpus", "4")
+        assert status == 1 and "On each of 4 GPUs, which have all of the model each" in out and "training.sharding=full" in out
+        status, out, _ = run(capsys, "plan", recipe, *full, "--gpus", "4", "training.sharding=full")
+        assert status == 0 and "On each of 4 GPUs, which share the model" in out and "gathered weights" in out
+        assert "On 4 such GPUs it fits with training.sharding=full" in run(capsys, "plan", recipe, *full)[1]
+        status, _, err = run(capsys, "plan", recipe, "training.sharding=full")
+        assert status == 2 and "--gpus 2" in err
 
     def test_errors(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "No GPU 'RX 7900'" in run(capsys, "plan", recipe, "--gpu-name", "RX 7900")[2]
@@ -135,6 +188,19 @@ def test_a_checkpoint_in_four_bits_is_planned_so(tmp_path: Path) -> None:
     asked.write_text("model: {name_or_path: Qwen/Qwen3-VL-8B-Instruct, load_in_4bit: true}\n", encoding="utf-8")
     peaks = [plan_recipe(load_recipe(path), Target(), pixels=200704).plan.peak_bytes for path in (recipe, asked)]
     assert peaks[0] == peaks[1]
+
+
+def test_experts_of_a_checkpoint_in_four_bits_are_planned_as_they_are(tmp_path: Path) -> None:
+    """bitsandbytes quantises linear layers only; the fused experts come to 4 bits where the recipe asks for them."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name_or_path: someone/Qwen3-VL-30B-A3B-Instruct-bnb-4bit}\n", encoding="utf-8")
+    stored, asked = (
+        plan_recipe(load_recipe(recipe, overrides), Target(), pixels=200704).plan for overrides in ([], ["model.load_in_4bit=true"])
+    )
+    experts = 48 * 128 * 3 * 2048 * 768
+    saved = stored.peak.parts["weights: language model"] - asked.peak.parts["weights: language model"]
+    assert saved == pytest.approx(experts * (2 - 0.516), rel=0.01)
+    assert "in bfloat16: vocabulary, experts" in heading(stored)[1] and "4-bit (NF4): attention, experts" in heading(asked)[1]
 
 
 def test_fit_keeps_the_precision_where_that_fits(tmp_path: Path) -> None:

@@ -7,22 +7,25 @@ from pathlib import Path
 
 import pytest
 from bench import memory_report
-from bench.report import Results
 
+PACK = {"tokens": 8000, "targets": 64, "patches": [1280] * 21, "segments": 21, "gathered_keys": 0}
 ROW = {
+    "label": "8b-plain",
+    "name": "8b-bf16-full-8192",
     "model": "qwen3-vl-8b",
     "method": "LoRA, bf16",
     "settings": {"training.gradient_checkpointing": "full"},
     "compiled": True,
     "torch": "2.11.0+cu130",
-    "pack": {"tokens": 8000, "targets": 64, "patches": [1280] * 21, "segments": 21, "gathered_keys": 0},
-    "packs_in_step": 2,
+    "dtype": "bfloat16",
+    "packs": [PACK, PACK],
+    "cap_gib": None,
     "peak_allocated_gib": 20.0,
 }
 
 
 def write(folder: Path, *rows: dict) -> None:
-    (folder / "memory.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (folder / "memory.json").write_text(json.dumps({"claim": "memory", "model": "qwen3-vl-8b", "rows": rows}), encoding="utf-8")
 
 
 def test_the_document_is_up_to_date() -> None:
@@ -35,7 +38,7 @@ def test_the_document_is_up_to_date() -> None:
 def test_rows(tmp_path: Path) -> None:
     rollout = {"groups": 8, "completions": 8, "prompt_tokens": 1124, "completion_tokens": 256}
     sampled = {**ROW, "method": "GRPO", "rollout": {**rollout, "prompt_patches": 4096}, "settings": {"model.load_in_4bit": True}}
-    failed = {"model": "qwen3-vl-8b", "failed": True}
+    failed = {"label": "8b-plain", "model": "qwen3-vl-8b", "failed": True}
     write(tmp_path, ROW, sampled, failed)
     first, second = memory_report.read_rows(tmp_path)
     assert (first.model, first.plan.policy, first.pack.total_patches) == ("Qwen3-VL-8B", "full", 21 * 1280)
@@ -67,6 +70,22 @@ def test_draws(tmp_path: Path) -> None:
     assert "measured peak, GiB" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
 
 
-def test_the_other_report_passes_memory_over(tmp_path: Path) -> None:
-    write(tmp_path, ROW)
-    assert Results(tmp_path).rows == {}
+def test_what_was_replaced_has_no_error(tmp_path: Path) -> None:
+    write(tmp_path, ROW, {**ROW, "peak_allocated_gib": 60.0, "superseded": "measured before some change"})
+    measured = memory_report.read_rows(tmp_path)
+    assert "| configurations measured | at least 24 | 1 | missed |" in memory_report.summary(measured)
+    replaced = memory_report.error_table(measured).splitlines()
+    assert (
+        "| 60.00 |" in replaced[3] and "| – |" in replaced[3] and replaced[-1] == "- Qwen3-VL-8B, LoRA, bf16: measured before some change."
+    )
+
+
+def test_capped_runs_and_what_is_to_be_reached(tmp_path: Path) -> None:
+    capped = {**ROW, "name": "30b-a3b-least", "model": "qwen3-vl-30b-a3b", "cap_gib": 20.0, "peak_reserved_gib": 20.5, "out_of_memory": 1}
+    write(tmp_path, ROW, {**capped, "label": "30b-a3b"})
+    (line,) = memory_report.cap_table(memory_report.read_rows(tmp_path)).splitlines()[2:]
+    assert line == "| Qwen3-VL-30B-A3B | LoRA, bf16 | full | compiled | 20 | 20.00 | 20.50 | 1 |"
+    reach = memory_report.reach_table(tmp_path)
+    assert "| Qwen3-VL-30B-A3B QLoRA under a cap of 20 GiB: reserved | at most 20 GiB | 20.5 GiB | missed |" in reach
+    assert "| QLoRA, our peak over TRL's | at most 1× | not measured |  |" in reach
+    assert memory_report.cap_table([]) == "None is measured yet.\n"

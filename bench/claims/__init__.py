@@ -26,6 +26,13 @@ NAMES = (
     "profile",
     "memory",
     "memory_peers",
+    "decode",
+    "grpo_update",
+    "grpo_memory",
+    "grpo_cap",
+    "grpo_step",
+    "serve",
+    "serve_cpu",
 )
 
 

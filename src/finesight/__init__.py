@@ -9,6 +9,9 @@ instant and imports no torch::
     trainer = finesight.SFTTrainer("Qwen/Qwen3-VL-4B-Instruct", train_dataset=rows, output_dir="runs/mine", r=16)
     result = trainer.train()
 
+    trainer = finesight.GRPOTrainer("Qwen/Qwen3-VL-4B-Instruct", reward_funcs=["math", brief], train_dataset=rows)  # brief: a function
+    result = trainer.train()
+
     loaded = finesight.load("Qwen/Qwen3-VL-4B-Instruct", adapter="runs/mine/adapter")
 """
 
@@ -22,14 +25,16 @@ from finesight.library_noise import drop_kernel_hint
 if TYPE_CHECKING:
     from finesight.models.load import load
     from finesight.recipe_files import load_recipe
-    from finesight.training.run import SFTTrainer, train
+    from finesight.training.run import train
+    from finesight.training.trainers import GRPOTrainer, SFTTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["SFTTrainer", "__version__", "load", "load_recipe", "train"]
+__all__ = ["GRPOTrainer", "SFTTrainer", "__version__", "load", "load_recipe", "train"]
 
 _PLACES = {
-    "SFTTrainer": "finesight.training.run",
+    "GRPOTrainer": "finesight.training.trainers",
+    "SFTTrainer": "finesight.training.trainers",
     "load": "finesight.models.load",
     "load_recipe": "finesight.recipe_files",
     "train": "finesight.training.run",

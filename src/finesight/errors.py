@@ -49,6 +49,10 @@ class TrainingError(FinesightError):
     """Training cannot go on (for example, the loss is no longer finite)."""
 
 
+class EngineError(FinesightError):
+    """A server that samples for a run cannot be reached, refuses, or answers something else than it was asked."""
+
+
 class EvaluationError(FinesightError):
     """An evaluation cannot be run, or a grader is unknown."""
 

@@ -11,11 +11,11 @@ FOREIGN_NAMES: dict[str, str] = {
     "cutoff_len": "write data.max_length_tokens; what becomes of longer samples is data.too_long",
     "dataloader_num_workers": "write training.num_workers",
     "dataset": "write data.train",
-    "deepspeed": "there is no such setting; several GPUs train data-parallel under torchrun",
+    "deepspeed": "there is no such setting; several GPUs train under torchrun, data-parallel or with training.sharding: full",
     "finetuning_type": "write tuning.method: lora or full",
     "fp16": "write model.dtype: float16",
     "freeze_vision_tower": "write tuning.finetune_vision_layers (false freezes it, and is the default)",
-    "fsdp": "there is no such setting; several GPUs train data-parallel under torchrun",
+    "fsdp": "write training.sharding: full",
     "generation_batch_size": "a rollout is train_batch_size × grpo.steps_per_generation completions",
     "image_max_pixels": "write data.max_pixels",
     "image_min_pixels": "write data.min_pixels",
@@ -47,9 +47,13 @@ FOREIGN_NAMES: dict[str, str] = {
     "save_safetensors": "there is no such setting; everything is saved as safetensors",
     "target_modules": "what trains is chosen by tuning.finetune_language_layers, finetune_attention_modules, finetune_mlp_modules and the like",
     "train_on_responses_only": "only answers are ever trained on; which of them is data.train_on",
-    "use_vllm": "there is no such setting; completions are sampled by the model in training itself",
+    "use_vllm": "write rollout.engine: vllm and rollout.url; by default the model in training samples itself",
     "val_size": "write data.eval_split, for example '5%'",
     "video_maxlen": "write data.max_frames",
+    "vllm_importance_sampling_cap": "write grpo.importance_cap",
+    "vllm_importance_sampling_clip_max": "write grpo.importance_cap",
+    "vllm_mode": "write rollout.engine: vllm; the server always runs beside the run",
+    "vllm_server_base_url": "write rollout.url",
 }
 # Names that elsewhere make up a step's batch together.
 BATCH_NAMES = ("per_device_train_batch_size", "batch_size", "gradient_accumulation_steps")

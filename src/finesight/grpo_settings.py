@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finesight.settings import Settings
 
@@ -92,7 +93,49 @@ class RolloutSettings(Settings):
 
     max_completion_length: int = Field(256, ge=1, description="Most tokens of a completion, the end-of-turn token included.")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling; log-probabilities are those under it.")
+    stop: list[str] = Field(
+        default_factory=list, description="Texts before the first of which a completion ends; its rewards do not see them."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Only the most likely tokens that together have this probability.")
     top_k: int = Field(0, ge=0, description="Only this many most likely tokens; 0: all.")
     min_p: float = Field(0.0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest.")
     batch_size: int = Field(64, ge=1, description="Completions sampled side by side; a matter of memory and speed only.")
+    engine: Literal["builtin", "vllm"] = Field(
+        "builtin",
+        description="What samples: the model in training itself, or a vLLM server, which is given each new adapter (docs/reinforcement.md).",
+    )
+    url: str | None = Field(
+        None, description="Address of the engine's server, for example http://127.0.0.1:8000; nothing else is ever contacted."
+    )
+    model: str | None = Field(None, description="Name of the base at the engine's server, where it is another than model.name_or_path.")
+    api_key_env: str = Field(
+        "VLLM_API_KEY", min_length=1, description="Environment variable with the API key of the engine's server; not set: none is sent."
+    )
+    timeout_s: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="Seconds that the engine's server may take for the completions of one prompt."
+    )
+
+    @model_validator(mode="after")
+    def _engine_has_an_address(self) -> RolloutSettings:
+        if self.engine == "builtin":
+            if given := [name for name in ("url", "model") if getattr(self, name) is not None]:
+                raise ValueError(f"{' and '.join(given)} are for an engine of its own: set engine: vllm, or remove them")
+            return self
+        if self.stop:
+            raise ValueError("stop is for the built-in engine: texts are cut there token by token; remove it, or set engine: builtin")
+        if self.url is None:
+            raise ValueError("engine: vllm needs url, the address of a running server, for example http://127.0.0.1:8000")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"url ({self.url}) is no address of a server; write it as http://host:port")
+        if parts.username or parts.password:
+            raise ValueError("url holds a password, which would be kept with the run; set the environment variable that api_key_env names")
+        return self
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_texts(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and "" in texts:
+            raise ValueError("an empty text would end every completion before its first token; remove it")
+        return texts

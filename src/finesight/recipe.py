@@ -63,6 +63,10 @@ class ModelSettings(Settings):
         return self
 
 
+# What of `model` says in how many bits the base is kept.
+PRECISION_SETTINGS = ("load_in_4bit", "load_in_8bit", "load_in_fp8", "quantize_vocabulary", "quantize_tower")
+
+
 class TuningSettings(Settings):
     """What trains."""
 
@@ -234,7 +238,14 @@ class TrainingSettings(Settings):
     )
     gradient_release: bool = Field(
         False,
-        description="Update each weight as soon as its gradient is complete and let the gradient go; for full tuning with max_grad_norm: 0.",
+        description="Update each weight as soon as its gradient is complete and let the gradient go; for full tuning with max_grad_norm: 0. "
+        "Saves memory where a step is one pack: gradients of a step's earlier packs wait for the last one.",
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none",
+        description="Several GPUs (under torchrun). none: each holds the whole model, and gradients are averaged; full: weights, gradients "
+        "and optimizer state are divided over them (FSDP2) and gathered layer by layer. For supervised training with optim: adamw; a tower that "
+        "does not train stays whole.",
     )
     torch_compile: Literal["auto"] | bool = Field(
         "auto", description="Compile the layers; auto: on GPUs from Ampere on, for runs long enough to repay it."
@@ -401,8 +412,30 @@ class Recipe(Settings):
             )
         if self.model.adapter and u.method == "full":
             raise ValueError("model.adapter is for tuning.method: lora")
+        self._sharding_consistent()
         self._reinforcement_consistent()
         return self
+
+    def _sharding_consistent(self) -> None:
+        """What cannot be divided over processes is refused."""
+        t = self.training
+        if t.sharding == "none":
+            return
+        refused = {
+            f"model.load_in_{self.model.quantization}": self.model.quantization != "none",
+            "grpo": self.grpo is not None,
+            f"training.optim: {t.optim}": t.optim != "adamw",
+            "tuning.bf16_updates: stochastic_rounding": self.tuning.bf16_updates != "float32_masters",
+            "tuning.finetune_experts": self.tuning.finetune_experts,
+            f"tuning.bias: {self.tuning.bias}": self.tuning.method == "lora" and self.tuning.bias != "none",
+            "training.gradient_release": t.gradient_release,
+            "training.sample_answers": t.sample_answers > 0,
+        }
+        if given := [name for name, on in refused.items() if on]:
+            raise ValueError(
+                f"training.sharding: full cannot be used together with {' and '.join(given)}; leave {'it' if len(given) == 1 else 'them'} out, "
+                "or set training.sharding: none"
+            )
 
     def _reinforcement_consistent(self) -> None:
         g, r, t = self.grpo, self.rollout, self.training
@@ -428,6 +461,11 @@ class Recipe(Settings):
             raise ValueError(
                 f"rollout.max_completion_length ({r.max_completion_length}) leaves no room for a prompt in a pack of training.token_budget "
                 f"({t.token_budget}) tokens; raise the one or lower the other"
+            )
+        if r.engine != "builtin" and (self.tuning.method == "full" or self.tuning.bias != "none"):
+            raise ValueError(
+                f"rollout.engine: {r.engine} is given each new adapter, which is all that may train: set tuning.method: lora and tuning.bias: none, "
+                "or rollout.engine: builtin"
             )
         if g.beta > 0 and self.tuning.method == "full":
             raise ValueError(

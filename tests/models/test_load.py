@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -173,4 +174,22 @@ def test_float8_base_is_converted_while_loading(tmp_path):
     loaded = load_model(ModelSettings(name_or_path=str(folder), load_in_fp8=True), device=torch.device("cpu"))
     kinds = {name: type(m) for name, m in loaded.model.named_modules() if name.endswith(("q_proj", "down_proj", "qkv", "lm_head"))}
     assert all((kind is Float8Linear) == ("language_model" in name) for name, kind in kinds.items())
-    assert any("float8" in note or "8-bit" in note for note in loaded.notes) or not loaded.notes
+    assert "slow" in loaded.notes[0] and "float8" in loaded.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "levels"),
+    [({"load_in_8bit": True}, ["INFO", "INFO"]), ({"load_in_4bit": True}, ["INFO"]), ({"load_in_fp8": True}, ["WARNING", "INFO", "INFO"])],
+)
+def test_what_is_no_warning_is_not_logged_as_one(tmp_path, caplog, asked, levels):
+    """What is in which precision is a fact; float8 on a CPU is slow, which may not be meant."""
+    if "load_in_4bit" in asked:
+        pytest.importorskip("bitsandbytes")
+    folder = tiny_checkpoint(tmp_path / "model", "qwen3_vl_moe")
+    with caplog.at_level(logging.INFO, logger="finesight"):
+        loaded = load(folder, device="cpu", **asked)
+    assert [record.levelname for record in caplog.records if record.name.startswith("finesight")] == levels
+    assert tuple(record.getMessage() for record in caplog.records if record.name.startswith("finesight")) == loaded.notes
+    stays = [note for note in loaded.notes if note.startswith("Experts are fused tensors, which only model.load_in_4bit quantises")]
+    assert len(stays) == (0 if "load_in_4bit" in asked else 1)
+    assert loaded.settings is not None and loaded.settings.quantization == next(iter(asked)).removeprefix("load_in_")

@@ -22,6 +22,7 @@ from finesight.errors import ModelError
 from finesight.families import FAMILIES as TABLE
 from finesight.models import quantized_linear
 from finesight.models.adapters import apply_tuning
+from finesight.models.experts import NF4Experts
 from finesight.models.linear import AccumulatedLinear
 from finesight.models.load import load_model
 from finesight.models.packed import PackedModel
@@ -189,6 +190,8 @@ class TestPrequantised:
             assert torch.equal(loaded.model.get_submodule(name).dequantized_weight().view(-1), exact)
         assert type(loaded.model.model.language_model.layers[1].mlp.up_proj) is torch.nn.Linear
         assert any("4-bit" in note for note in loaded.notes)
+        with pytest.raises(ModelError, match="those of this model are quantised"):
+            apply_tuning(loaded.model, TuningSettings(method="full"), TABLE[family], seed=0)
         tuned = apply_tuning(loaded.model, TuningSettings(r=2), TABLE[family], seed=0)
         PackedModel(tuned)
         assert sum(isinstance(m, AccumulatedLinear) for m in tuned.modules()) == 21
@@ -213,6 +216,49 @@ class TestPrequantised:
         settings = ModelSettings(name_or_path=str(folder), load_in_4bit=True, quantize_vocabulary=True, quantize_tower=True)
         model = load_model(settings, device=CPU).model
         assert type(model.lm_head) is Int8Head and type(model.model.visual.blocks[0].attn.qkv) is FourBitLinear
+
+    @pytest.mark.parametrize("asked", [{}, {"load_in_4bit": True}, {"load_in_4bit": True, "quantize_vocabulary": True}])
+    def test_a_mixture_of_experts(self, asked: dict[str, bool], tmp_path) -> None:
+        """As transformers writes it, with experts in full precision; they come to 4 bits where that is asked for."""
+        folder, theirs = prequantised(tmp_path, "qwen3_vl_moe", **NF4, llm_int8_skip_modules=["lm_head", "model.visual"])
+        loaded = load_model(ModelSettings(name_or_path=str(folder), dtype="bfloat16", **asked), device=CPU)
+        assert {n.rpartition(".")[2] for n, m in loaded.model.named_modules() if type(m) is FourBitLinear} == {
+            "q_proj", "k_proj", "v_proj", "o_proj"
+        }  # fmt: skip
+        for number, layer in enumerate(loaded.model.model.language_model.layers):
+            stored = theirs.model.language_model.layers[number].mlp
+            assert torch.equal(layer.mlp.gate.weight, stored.gate.weight)
+            if asked:
+                expected = NF4Experts.of(copy.deepcopy(stored.experts))
+                assert type(layer.mlp.experts) is NF4Experts and same(layer.mlp.experts.state_dict(), expected.state_dict())
+            else:
+                assert torch.equal(layer.mlp.experts.gate_up_proj, stored.experts.gate_up_proj)
+                assert torch.equal(layer.mlp.experts.down_proj, stored.experts.down_proj)
+        assert any("they stay in bfloat16" in note for note in loaded.notes) is not bool(asked)
+
+    @pytest.mark.parametrize("form", ["fused", "single", "router"])
+    def test_experts_that_are_quantised_already_are_refused(self, form: str, tmp_path) -> None:
+        """As other software writes them: whole stacks or single matrices in NF4, or a router that was a linear layer."""
+        folder, _ = prequantised(tmp_path, "qwen3_vl_moe", **NF4, llm_int8_skip_modules=["lm_head", "model.visual"])
+        weights: dict[str, torch.Tensor] = {}
+
+        def pack(name: str, tensor: torch.Tensor) -> None:
+            packed, state = bitsandbytes.functional.quantize_4bit(tensor.contiguous(), quant_type="nf4", compress_statistics=True)
+            weights.update({name: packed} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()})
+
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            if ".mlp.experts." in name and form == "fused":
+                pack(name, tensor)
+            elif ".mlp.experts." in name and form == "single":
+                for number, matrix in enumerate(tensor.transpose(1, 2)):
+                    pack(name.replace("experts.", f"experts.{number}.") + ".weight", matrix)
+            elif name.endswith(".mlp.gate.weight") and form == "router":
+                pack(name, tensor)
+            else:
+                weights[name] = tensor
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=r"experts and router in full precision\. Use the checkpoint that this one was made from"):
+            load_model(ModelSettings(name_or_path=str(folder)), device=CPU)
 
     def test_another_precision_is_refused(self, tmp_path) -> None:
         folder, _ = prequantised(tmp_path, "qwen3_vl", **NF4)

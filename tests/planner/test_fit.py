@@ -10,7 +10,7 @@ import pytest
 from finesight.planner.activations import Execution
 from finesight.planner.calibration import GIB
 from finesight.planner.catalogue import CATALOGUE
-from finesight.planner.fit import POLICIES, Situation, choose_policy, fit, levers, remedies, with_settings
+from finesight.planner.fit import LEAST_SAVING, POLICIES, Situation, choose_policy, fit, levers, remedies, with_settings
 from finesight.planner.gpus import find_gpu
 from finesight.planner.sizes import RunSizes, filled_run
 from finesight.planner.speed import pack_seconds
@@ -129,6 +129,20 @@ class TestLevers:
         saved = [plan.peak_bytes - change.plan.peak_bytes for change in found]
         assert saved == sorted(saved, reverse=True) and min(saved) > 0
         assert "model.load_in_4bit" in found[0].names
+
+    def test_what_saves_next_to_nothing_is_left_out(self) -> None:
+        """Where the masters of full tuning are nearly all, a smaller pack changes nothing; a set of settings is named
+        only where each subset of it that is named saves less."""
+        here, full = situation(24), recipe("tuning.method=full", "training.token_budget=4096")
+        plan = choose_policy(here, full)
+        smaller = choose_policy(here, with_settings(full, {"training.token_budget": 2048}))
+        assert plan.peak_bytes * (1 - LEAST_SAVING) < smaller.peak_bytes < plan.peak_bytes
+        found = levers(here, plan)
+        assert found and not any("training.token_budget" in change.names for change in found)
+        assert all(change.plan.peak_bytes <= plan.peak_bytes * (1 - LEAST_SAVING) for change in found)
+        for change in found:
+            parts = [other for other in found if other.names < change.names]
+            assert all(change.plan.peak_bytes < part.plan.peak_bytes for part in parts)
 
 
 class TestSpeed:

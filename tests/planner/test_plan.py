@@ -32,7 +32,7 @@ def plan(*overrides: str, policy: Policy = "full", sizes: RunSizes = RUN, compil
 
 
 class TestAgainstMeasurement:
-    @pytest.mark.parametrize("row", read_rows(), ids=lambda row: f"{row.method}-{row.plan.policy}-{row.pack.tokens}")
+    @pytest.mark.parametrize("row", [row for row in read_rows() if not row.superseded], ids=lambda row: row.row["name"])
     def test_peak(self, row: Measured) -> None:
         _, under, over = REACH
         assert -under <= row.error_percent <= over
@@ -81,10 +81,50 @@ class TestMoments:
         assert parts["working memory"] == 1024 * 151_936 * 14
 
     def test_a_step_of_several_packs_holds_the_next_one_and_gradients(self) -> None:
-        one, two = plan(sizes=RunSizes(((PACK,),))), plan()
-        assert two.peak.parts["packs"] == 2 * one.peak.parts["packs"]
-        first, second = (next(m for m in p.moments if m.name == "log-probabilities").parts for p in (one, two))
-        assert (first["gradients"], second["gradients"]) == (0, 4 * 43_646_976)
+        one, two, three = (
+            next(m for m in plan(sizes=RunSizes(((PACK,) * count,))).moments if m.name == "log-probabilities").parts for count in (1, 2, 3)
+        )
+        assert [parts["gradients"] for parts in (one, two, three)] == [0, 4 * 43_646_976, 4 * 43_646_976]
+        # Beside the gradients of the first pack the second one of two computes, and no further one is there.
+        assert [parts.get("packs moved ahead", 0) for parts in (one, two, three)] == [0, 0, one["packs"]]
+
+    def test_a_pack_larger_than_the_gradients_counts_as_the_first(self) -> None:
+        """Rank 1 on attention: 36 × (2 × 4096 + 2 × 1024 + 3 × 4096 + 4096) float32 numbers, less than a pack of 64 images."""
+        large = replace(PACK, patches=(1280,) * 64)
+        p = plan("tuning.r=1", "tuning.finetune_mlp_modules=false", sizes=RunSizes(((large, large),)))
+        parts = next(m for m in p.moments if m.name == "tower, forward").parts
+        assert parts["gradients"] == 0 and parts["packs moved ahead"] == parts["packs"] > 4 * 36 * 26_624
+
+    def test_backward_of_an_uncompiled_layer_by_hand(self) -> None:
+        """Qwen3-VL-8B, MLP of 12,288, hidden size 4,096, in bytes beyond what is kept of the layer.
+
+        Many tokens: gradients of the activation's two operands, beside that of the layer's output. Few: a weight in bf16 (in 4 bits with
+        the scales of its blocks of 64 in float32) beside one gradient of the MLP's width. Of float8 with few tokens both transposed
+        weights and the quantised gradients of gate and up, by which time four tensors of the MLP's width are gone and two come.
+        """
+
+        def working(tokens: int, *overrides: str) -> int:
+            sizes = RunSizes(((replace(PACK, tokens=tokens, segments=1),),))
+            moments = plan(*overrides, sizes=sizes, compiled=False).moments
+            return next(m for m in moments if m.name == "backward, upper layer").parts["working memory"]
+
+        many = 8064 * 2 * (2 * 12_288 + 4096)
+        assert [working(8064, *how) for how in ((), ("model.load_in_4bit=true",), ("model.load_in_fp8=true",))] == [many] * 3
+        four_bit = 512 * 2 * (12_288 + 4096) + 12_288 * 4096 * 2 + 12_288 * 4096 // 64 * 4
+        assert working(512, "model.load_in_4bit=true") == four_bit
+        assert working(512, "model.load_in_fp8=true") == 512 * 2 * 4096 - 2 * 512 * 2 * 12_288 + 2 * 12_288 * (512 + 4096)
+
+    def test_gradient_release_updates_the_head_under_all_that_layers_keep(self) -> None:
+        settings = ("tuning.method=full", "tuning.bf16_updates=stochastic_rounding", "training.max_grad_norm=0")
+        head = 151_936 * 4096
+        for packs, gradients in ((1, 2 * head), (2, 2 * (6_946_075_648 + 2 * head))):
+            p = plan(*settings, "training.gradient_release=true", sizes=RunSizes(((PACK,) * packs,)))
+            moments = {moment.name: moment.parts for moment in p.moments}
+            update = moments["update of the head, backward"]
+            assert (update["gradients"], update["working memory"]) == (gradients, 2 * 4 * head)
+            assert update["activations: language model"] == moments["log-probabilities"]["activations: language model"]
+        tied = plan_memory(CATALOGUE["Qwen3-VL-4B"], recipe(*settings, "training.gradient_release=true"), RUN, policy="full")
+        assert "update of the head, backward" not in {moment.name for moment in tied.moments}  # the embedding is updated at the end
 
     def test_the_largest_pack_decides(self) -> None:
         small = replace(PACK, tokens=512, patches=(1280,))
@@ -105,13 +145,16 @@ class TestMoments:
         released = plan(
             "tuning.method=full", "tuning.bf16_updates=stochastic_rounding", "training.gradient_release=true", "training.max_grad_norm=0"
         )
-        assert masters.peak_bytes > rounding.peak_bytes >= released.peak_bytes
-        # Only the last pack of a step releases: with a single one, gradients never stand side by side.
+        assert masters.peak_bytes > rounding.peak_bytes
+        # Only the last pack of a step releases. The first weights are then brought to float32 beside the gradients of the packs before it
+        # and what the layers below keep; with a single pack gradients never stand side by side.
+        assert released.peak_bytes >= rounding.peak_bytes
         one = RunSizes(((PACK,),))
         settings = ("tuning.method=full", "tuning.bf16_updates=stochastic_rounding", "training.max_grad_norm=0")
         kept, gone = (plan(*settings, f"training.gradient_release={release}", sizes=one) for release in ("false", "true"))
         lowest = [next(m for m in p.moments if m.name == "backward, lowest layer").parts["gradients"] for p in (kept, gone)]
         assert lowest == [2 * (6_946_075_648 + 2 * 151_936 * 4096), 2 * 151_936 * 4096]
+        assert gone.peak_bytes < kept.peak_bytes
 
     def test_an_mlp_in_chunks(self) -> None:
         """None of gate, up and what follows them is kept; a chunk of 1,024 rows is computed again."""
@@ -137,14 +180,7 @@ class TestMoments:
             plan_memory(EIGHT, recipe(), RUN, policy="full", execution=Execution(patch_width=width)).peak.parts["packs"]
             for width in (None, 4)
         )
-        assert single - half == 2 * 21 * 1280 * 1536 * 2
-
-    def test_shards_divide_what_can_be_divided(self) -> None:
-        whole = plan_memory(EIGHT, recipe(), RUN, policy="offload")
-        halves = plan_memory(EIGHT, recipe(), RUN, policy="offload", shards=2)
-        layers = 2 * (whole.peak.parts["weights: language model"] // 36)
-        assert halves.peak.parts["weights: language model"] == whole.peak.parts["weights: language model"] // 2
-        assert halves.peak.parts["gathered layers"] == layers
+        assert single - half == 21 * 1280 * 1536 * 2
 
     def test_a_probe_corrects(self) -> None:
         p = plan()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +20,15 @@ from finesight.models.attention import use_forest_attention_in_tower
 from finesight.models.compilation import _KEEP_PRODUCTS_ONLY
 from finesight.models.linear import accumulate_adapters
 from finesight.models.packed import run_layer
+from finesight.models.quantized_linear import Int8Linear
 from finesight.models.vision import run_block
 from finesight.planner.activations import Execution, Kept, Way, decoder_layer, kept_bytes, mergers, tower_block
 from finesight.planner.catalogue import find_shape
+from finesight.planner.plan import plan_memory
 from finesight.planner.shapes import ModelShape, shape_of
+from finesight.planner.sizes import PackSizes, RunSizes
 from finesight.recipe import TuningSettings
+from finesight.recipe_files import load_recipe
 
 ROWS = 384
 LORA = TuningSettings(finetune_vision_layers=True, finetune_merger=True)
@@ -149,6 +155,38 @@ class TestDecoderLayer:
         kept = really_kept(lambda: function(*arguments), model, apart=arguments[2:4])
         table = decoder_layer(shape, tuning, Execution(grouped=True))
         assert planned(table, "eager", outputs=ROWS // 8) == pytest.approx(kept, rel=0.02)
+
+
+def allocated(run: Callable[[], Any]) -> list[int]:
+    """Bytes that are there of what a call makes, inside of operators too, after each time that some come or go."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    del result
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_backward_of_an_uncompiled_layer(family: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many rows the gradients around the activation are the most. Dequantised weights and attention's gradients come when some of the
+    layer is gone, so that they add nothing to it."""
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", 4096)
+    use_stand_in(monkeypatch, groups=True)
+    shape, _, base = small(family, LORA)
+    if bits == 8:
+        for module in list(base.model.language_model.layers[0].modules()):
+            if isinstance(getattr(module, "base_layer", None), nn.Linear):
+                module.base_layer = Int8Linear.of(module.base_layer)
+    function, arguments = layer_call(base, AttentionLayout.of_lengths([2048, 2048]))
+    gradient = torch.randn(4096, shape.text.hidden, dtype=torch.bfloat16)
+    kept = allocated(lambda: function(*arguments))[-1]
+    beyond = max(allocated(lambda: function(*arguments).backward(gradient))) - kept + gradient.nbytes
+
+    recipe = load_recipe(None, ["model.name_or_path=x", *(["model.load_in_8bit=true"] if bits == 8 else [])])
+    sizes = RunSizes(((PackSizes(tokens=4096, targets=4, segments=2),),))
+    plan = plan_memory(shape, recipe, sizes, policy="full", execution=Execution(compiled=False))
+    assert next(m for m in plan.moments if m.name == "backward, upper layer").parts["working memory"] == pytest.approx(beyond, rel=0.02)
 
 
 # Each takes some seconds to trace; what differs is covered once.

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_inductor_cache
 
 from finesight.data.batch import build_batch
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
@@ -133,6 +135,17 @@ def test_visual_tokens_are_never_drawn(loaded):
         finally:
             head.copy_(before)
     assert not {processor.image_token_id, processor.video_token_id} & {token for c in drawn for token in c.token_ids}
+
+
+def test_forbidden_tokens_are_never_drawn(loaded):
+    """Where those that end an answer are forbidden, it has its full length."""
+    kept = tuple(loaded.processor.tokenizer("ab", add_special_tokens=False)["input_ids"])
+    vocabulary = range(loaded.model.config.text_config.vocab_size)
+    sampler = ForkingSampler(loaded.model, loaded.processor, forbidden=set(vocabulary) - set(kept))
+    settings = SamplingSettings(max_completion_length=20, temperature=1.0, num_generations=3)
+    answers = sampler.generate([PROMPTS["text"]], settings)
+    assert {token for answer in answers for token in answer.token_ids} == set(kept)
+    assert all(len(answer.token_ids) == 20 and answer.finish_reason == "length" for answer in answers)
 
 
 def test_an_answer_ends_with_its_turn_or_at_the_limit(loaded):
@@ -292,3 +305,15 @@ def test_settings_out_of_range_are_refused(wrong):
 
 def test_family_table_is_complete():
     assert set(FAMILIES) == set(TABLE)
+
+
+def test_layers_that_cannot_be_compiled_are_told_of_once(loaded):
+    """Without a C++ compiler, and over several calls, each of which has a decoder of its own, as in a run of reinforcement."""
+    prompt = Conversation((Turn("user", (Part("text", text="read the number"),)),), RowSource("test", 0))
+    packed, told = PackedModel(copy.deepcopy(loaded.model)), []
+    (expected,) = ForkingSampler(packed, loaded.processor).generate([prompt], GREEDY)
+    sampler = ForkingSampler(packed, loaded.processor, compile_layers=True, say=told.append)
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}), fresh_inductor_cache():
+        answers = [sampler.generate([prompt], GREEDY)[0] for _ in range(2)]
+    assert [answer.token_ids for answer in answers] == [expected.token_ids] * 2
+    assert len(told) == 2 and all("Layers run uncompiled" in text for text in told)  # what lies before attention, and what follows

@@ -13,9 +13,10 @@ from jsonschema import Draft202012Validator
 from finesight.data.conversation import Conversation, Part, RowSource, Turn
 from finesight.errors import GrammarError
 from finesight.models.load import load
-from finesight.sampling.drawing import RowSettings, draw_from_all, unpacked
+from finesight.sampling.drawing import unpacked
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.grammar import GrammarCompiler, read_schema
+from finesight.sampling.rows import Rows, StepKind
 from finesight.sampling.types import SamplingSettings
 from tiny import FAMILIES, tiny_checkpoint, tiny_tokenizer
 
@@ -37,27 +38,32 @@ def test_bits_are_unpacked_from_the_lowest(count):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("truncate", [False, True])
-def test_only_allowed_tokens_are_drawn(temperature, truncate):
-    """And the log-probabilities are those of the distribution over them."""
-    logits = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
-    bits = torch.tensor([[0b1011, 0]], dtype=torch.int32).repeat(200, 1)
-    settings = RowSettings.empty(200, torch.device("cpu"))
-    settings.temperature[:] = temperature
-    settings.top_p[:] = 0.8
-    uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    forbidden = torch.tensor([3])
-    token, logprobs = draw_from_all(logits, uniform, settings, forbidden, allowed=bits, truncate=truncate)
-    assert set(token.tolist()) == {0, 1}  # 3 is allowed by the grammar and forbidden otherwise
-    expected = torch.log_softmax(logits[:, :2], dim=-1)
-    torch.testing.assert_close(logprobs[:, :2], expected)
-    assert torch.isinf(logprobs[:, 2:]).all()
-    everything = torch.full_like(bits, -1)
-    free = draw_from_all(logits, uniform, settings, forbidden, truncate=truncate)
-    for with_bits, without in zip(
-        draw_from_all(logits, uniform, settings, forbidden, allowed=everything, truncate=truncate), free, strict=True
-    ):
-        assert torch.equal(with_bits, without)
+@pytest.mark.parametrize("truncates", [False, True])
+def test_only_allowed_tokens_are_drawn(temperature, truncates):
+    """And the log-probabilities are those of the distribution over them; rows without a grammar beside draw as they would alone."""
+    count, vocabulary, forbidden = 200, 150, torch.tensor([3])
+    logits = torch.randn(count, vocabulary, generator=torch.Generator().manual_seed(0))
+    uniform = np.random.default_rng(1).random((count, 1))
+    bits = np.zeros(-(-vocabulary // 32), dtype=np.int32)
+    bits[0], bits[4] = 0b1011, 1 << 5
+
+    def drawn(grammars: range, **kind: bool) -> Rows:
+        rows = Rows(count, 1, 1, vocabulary, torch.device("cpu"), forbidden)
+        for row in range(count):
+            rows.fill(row, np.arange(3), 3, [1], SamplingSettings(1, temperature, 0.8 if truncates else 1.0), uniform[row])
+            rows.allow(row, bits if row in grammars else None)
+        rows.draw_first(list(range(count)), logits.clone(), StepKind(truncates=truncates, alternatives=True, **kind))
+        return rows
+
+    rows, free = drawn(range(0, count, 2), constrained=True), drawn(range(0))
+    allowed = [0, 1, 4 * 32 + 5]  # 3 is allowed by the grammar and forbidden otherwise
+    assert set(rows.tokens[::2].tolist()) == set(allowed)
+    expected = torch.full((count, vocabulary), -torch.inf)
+    expected[:, allowed] = torch.log_softmax(logits[:, allowed], dim=-1)
+    torch.testing.assert_close(rows.logprobs[::2], expected.gather(1, rows.tokens[:, None]).squeeze(1)[::2])
+    torch.testing.assert_close(rows.top_logprobs[::2], expected.topk(rows.top).values[::2])
+    for name in ("tokens", "logprobs", "top_tokens", "top_logprobs"):
+        assert torch.equal(getattr(rows, name)[1::2], getattr(free, name)[1::2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

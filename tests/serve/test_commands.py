@@ -64,6 +64,24 @@ def test_serve_answers_what_it_holds_after_a_signal(folders):
         process.communicate()
 
 
+def test_serve_loads_adapters_from_folders_that_are_open(folders):
+    process = start(
+        "serve", "--model", folders["base"], "--adapter-dir", folders["base"].parent, "--port", "0", "--max-length-tokens", "2048"
+    )
+    try:
+        said = next(line for line in iter(process.stderr.readline, "") if line.startswith("Serving"))
+        address = re.search(r"http://\S+/v1", said)[0]
+        with httpx.Client(trust_env=False, timeout=60) as client:
+            loaded = client.post(f"{address}/load_lora_adapter", json={"lora_name": "charts", "lora_path": str(folders["charts"])})
+            assert loaded.status_code == 200, loaded.text
+            assert [model["id"] for model in client.get(f"{address}/models").json()["data"]] == ["tiny", "charts"]
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_serve_refuses_what_cannot_be_served(folders, tmp_path, capsys):
     with pytest.raises(ModelError, match="Two adapters are called a"):
         named_adapters([f"a={folders['charts']}", f"a={folders['charts']}"])

@@ -55,6 +55,7 @@ def error_of(response: httpx.Response) -> dict:
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"repetition_penalty": 1e-197}, "repetition_penalty"),
+        ({"top_k": 2**63}, "top_k"),
         ({"n": 0}, "n"),
         ({"n": 100}, "n"),
         ({"max_tokens": 0}, "max_tokens"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 
 from finesight.data.conversation import Conversation, Part, RowSource, Turn
 from finesight.errors import EvaluationError
-from finesight.tasks.graders import GRADERS, get_grader
+from finesight.recipe import TaskSettings
+from finesight.tasks.graders import GRADERS, check_graders, get_grader
 from finesight.tasks.grading import accepted_answers
 
 
@@ -85,9 +90,23 @@ def test_options():
         ("length", {"maximum": 2.5}, "must be a whole number"),
         ("json_schema", {"json_schema": "x"}, "must be a mapping"),
         ("exact_match", {"zzz": 1}, "It has: part, column"),
+        ("iou", {"threshold": 1.5}, "threshold is 1.5; it must be less than or equal to 1"),
+        ("iou", {"threshold": -0.1}, "must be greater than or equal to 0"),
+        ("box_f1", {"threshold": 0}, "must be greater than 0"),  # every box would count as found
+        ("anls", {"threshold": 50}, "must be less than or equal to 1"),
+        ("numeric", {"relative_tolerance": -1}, "must be greater than or equal to 0"),
+        ("math", {"relative_tolerance": math.inf}, "must be a finite number"),
+        ("numeric/5%", {"relative_tolerance": math.nan}, "must be"),
+        ("length", {"minimum": -1}, "must be greater than or equal to 0"),
+        ("length", {"minimum": 9, "maximum": 3}, "minimum 9 is above maximum 3"),
+        ("length", {"maximum": 0}, "minimum 1 is above maximum 0"),
+        ("format", {"tags": "think,,answer"}, "must be names of tags, parted by commas"),
+        ("json_schema", {"json_schema": {"type": 5}}, "no JSON schema"),
     ],
 )
 def test_options_that_are_none(name, options, message):
+    if name == "json_schema":
+        pytest.importorskip("jsonschema")
     with pytest.raises(EvaluationError, match=message):
         get_grader(name, options)
 
@@ -103,6 +122,31 @@ def test_rows_that_a_grader_cannot_judge():
             get_grader(name).check(conversation)
     with pytest.raises(EvaluationError, match=r"nothing in column 'label'.*Its columns for graders: other"):
         get_grader("exact_match", {"column": "label"}).check(row("x", other=1))
+
+
+def test_a_schema_of_a_row_that_is_none_is_refused_before_grading():
+    pytest.importorskip("jsonschema")
+    with pytest.raises(EvaluationError, match=r"^rows\.jsonl, row 7: This is no JSON schema"):
+        get_grader("json_schema").check(row("x", json_schema={"type": 5}))
+
+
+def test_a_missing_library_is_named_when_the_grader_is_named():
+    """Not after the first task of an evaluation, nor in the middle of training."""
+    absent = [name for name, grader in GRADERS.items() if any(find_spec(library) is None for library in grader.libraries)]
+    for name in absent:
+        with pytest.raises(EvaluationError, match=rf"{name}.*pip install 'finesight\[graders\]'"):
+            get_grader(name)
+    needing = replace(GRADERS["exact_match"], libraries=("json", "a_library_that_nobody_has"))
+    with pytest.raises(EvaluationError, match="'mine' needs a_library_that_nobody_has, which"):
+        needing.require_libraries("mine")
+    GRADERS["exact_match"].require_libraries("exact_match")
+
+
+def test_tasks_are_checked_together(tmp_path):
+    tasks = [TaskSettings(name="a", data="x.jsonl"), TaskSettings(name="b", data="y.jsonl", grader="iou", grader_options={"threshold": 2})]
+    check_graders(tasks[:1])
+    with pytest.raises(EvaluationError, match="threshold is 2"):
+        check_graders(tasks)
 
 
 def test_an_unknown_grader_is_refused_with_the_nearest_name():
@@ -121,6 +165,10 @@ def test_graders_of_the_user(tmp_path):
         assert (grader("abc", row("xyz")), grader("a", row("xyz"))) == (1.0, 0.0)
     with pytest.raises(EvaluationError, match=r"failed on rows\.jsonl, row 7: KeyError"):
         get_grader("my_graders_xyz:broken", base_dir=tmp_path)("a", row("b"))
+    with pytest.raises(
+        EvaluationError, match=r"called as \(answer, conversation, unit=…\), which same_length\(answer, conversation\) does not"
+    ):
+        get_grader("my_graders_xyz:same_length", {"unit": "cm"}, base_dir=tmp_path)
     with pytest.raises(EvaluationError, match="gave 3"):
         get_grader("my_graders_xyz:large", base_dir=tmp_path)("a", row("b"))
     (tmp_path / "one_xyz.py").write_text("def _hidden(): pass\ndef longer(answer, conversation, by=1):\n    return len(answer) > by\n")

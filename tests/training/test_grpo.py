@@ -43,6 +43,18 @@ def fails(completions, **kwargs):
     if "e" in completions[0][0]["content"]:
         raise ValueError("no e, please")
     return [0.0]
+
+def logs(completions, log_metric, log_extra, **kwargs):
+    log_metric("own_figure", 2.0)
+    log_metric("reward", 99.0)
+    log_metric("step", -5.0)
+    log_extra("parsed", ["answer 0", {"of": 1}, *[None] * (len(completions) - 2)])
+    return [1.0] * len(completions)
+
+def fails_held_out(completions, **kwargs):
+    if len(completions) == 12:
+        return [0.0] * 12
+    raise ValueError("held out")
 '''
 
 
@@ -104,6 +116,11 @@ def test_what_a_run_tells_and_leaves(recipe_of, tmp_path):
     assert all(row["images"] and row["images"][0].endswith(".png") for row in table if "question" not in row["prompt"][-12:])
     groups = [[row["advantage"] for row in table if row["group"] == number] for number in range(3)]
     assert all(abs(sum(group)) < 1e-3 for group in groups)
+    assert all(len(row["thumbnails"]) == len(row["images"]) for row in table)
+    page = (result.output_dir / "report.html").read_text(encoding="utf-8")
+    for shown in ("Completions of step 1", "Completions of step 3", "Image ablation", "Entropy", "data:image/png;base64"):
+        assert shown in page, shown
+    assert "KL from the base" not in page  # there was none to draw
 
 
 def test_reward_rises(recipe_of, tmp_path):
@@ -187,6 +204,14 @@ def test_groups_that_teach_nothing_are_replaced(recipe_of, tmp_path):
         assert len({(row["group"], row["row"]) for row in table}) == 3 and sum(len(group) > 1 for group in rewards) >= 2
 
 
+def test_stop_texts_end_completions(recipe_of, tmp_path):
+    result = run(recipe_of(tmp_path / "run", rollout={"stop": "e", "max_completion_length": 30}, training={"max_steps": 1}))
+    (line,) = steps_of(result)
+    table = parquet.read_table(result.output_dir / "completions" / "step-000001.parquet").to_pylist()
+    assert any(row["finish_reason"] == "stop" for row in table) and not any("e" in row["completion"] for row in table)
+    assert line["sampling/sampling_logp_difference/max"] < 1e-5  # of what was drawn, the token with the text included
+
+
 def test_what_is_cut_off_can_be_left_out_and_penalised(recipe_of, tmp_path):
     """All completions of three tokens: each is cut off, none counts, and each earns the whole penalty less."""
     grpo = {"mask_truncated_completions": True, "overlong_buffer": 2, "overlong_penalty": 0.5}
@@ -202,6 +227,37 @@ def test_a_reward_that_fails_is_told_and_the_run_goes_on(recipe_of, tmp_path):
     events = [line for line in result.history if line.get("event") == "reward_failed"]
     assert events and "no e, please" in events[0]["failures"][0] and "rows.jsonl, row" in events[0]["failures"][0]
     assert steps_of(result)[0]["rewards/fails/failed"] == events[0]["count"]
+    table = parquet.read_table(result.output_dir / "completions" / "step-000001.parquet").to_pylist()
+    failed = [row for row in table if row["failures"]]
+    assert len(failed) == events[0]["count"] and all("no e, please" in row["failures"] and row["reward_fails"] is None for row in failed)
+    assert "failed: " in (result.output_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_functions_log_is_kept_and_passes_for_nothing_else(recipe_of, tmp_path):
+    result = run(recipe_of(tmp_path / "run", "logs", training={"max_steps": 1}))
+    (line,) = steps_of(result)
+    assert line["own_figure"] == 2.0 and line["logged/reward"] == 99.0 and line["reward"] == 1.0
+    assert line["logged/step"] == -5.0 and line["step"] == 1
+    table = parquet.read_table(result.output_dir / "completions" / "step-000001.parquet").to_pylist()
+    assert [row["extra_parsed"] for row in table[:3]] == ["answer 0", '{"of": 1}', None]
+
+
+def test_rewards_that_fail_on_held_out_prompts_are_told(recipe_of, tmp_path):
+    training = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    out = io.StringIO()
+    recipe = recipe_of(tmp_path / "run", "letters", "fails_held_out", data={"eval_split": "last 2"}, training=training)
+    result = train(recipe, console=Console(file=out, width=400))
+    (event,) = [line for line in result.history if line.get("event") == "reward_failed"]
+    (measured,) = [line for line in result.history if "eval_samples" in line]
+    assert event["count"] == measured["eval_samples"] == 3 and "3 rewards of held-out prompts failed" in out.getvalue()
+
+
+def test_what_is_earned_without_looking_is_said(recipe_of, tmp_path):
+    out = io.StringIO()
+    recipe = recipe_of(tmp_path / "run", grpo={"image_ablation_steps": 1}, training={"max_steps": 1})
+    (line,) = steps_of(train(recipe, console=Console(file=out, width=300)))
+    blind = line["image_ablation/reward/without_image"]
+    assert f"{blind:.3f} with images blanked: that much is earned without looking" in out.getvalue()
 
 
 def test_full_tuning_and_held_out_reward(recipe_of, tmp_path):
@@ -276,6 +332,7 @@ def test_sampling_is_planned_for(recipe_of, tmp_path):
             "leaves no room for a prompt",
         ),
         ({"rollout": {"temperature": 0}}, "rollout.temperature"),
+        ({"rollout": {"stop": ["a", ""]}}, "an empty text"),
         ({"rollout": {"max_new_tokens": 5}}, "write rollout.max_completion_length"),
     ],
 )

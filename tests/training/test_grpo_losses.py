@@ -241,6 +241,9 @@ class TestByHand:
         logprobs, records = one_completion(self.NEW, 1.0, old_logprobs=self.OLD, sampler_logprobs=sampler)
         found = policy_loss(logprobs, records, self.TOTALS, importance_cap=1.5)
         assert found.loss.item() == pytest.approx(-(1.2 * 1.5 + 0.5 * 0.8) / 5)
+        assert (found.importance.item(), found.truncated.item()) == (pytest.approx(2.3), 1)
+        # The weight is a constant: the gradient is that of the terms alone, each times its weight.
+        assert gradient(found.loss, logprobs).tolist() == pytest.approx([0, -0.5 * 0.8 / 5])  # the first ratio is clipped
 
     def test_token_means_of_several_processes(self):
         logprobs, records = one_completion(self.NEW, 1.0, old_logprobs=self.OLD)

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from finesight.errors import RecipeError, TrainingError
-from finesight.models.rounding import stochastic_round
+from finesight.models import rounding
+from finesight.models.rounding import stochastic_round, stochastic_round_into
+from finesight.planner.calibration import ROUNDING_BYTES
 from finesight.recipe import TrainingSettings
 from finesight.training.optimizer import StepOptimizer, learning_rate_factor, warmup_steps
 from finesight.training.parameter_groups import load_optimizer_state, takes_muon
+from live_bytes import LiveBytes
 from tiny import tiny_model
 
 LAYER = "model.language_model.layers.0.mlp.up_proj"
@@ -158,6 +161,25 @@ def test_stochastic_round_keeps_what_is_not_finite():
     special = torch.tensor([float("inf"), -float("inf"), float("nan")])
     out = stochastic_round(special.repeat(1000)).float().reshape(1000, 3)
     assert (out[:, 0] == float("inf")).all() and (out[:, 1] == -float("inf")).all() and out[:, 2].isnan().all()
+
+
+def test_stochastic_round_into_goes_slice_by_slice(monkeypatch):
+    monkeypatch.setattr(rounding, "SLICE_VALUES", 1000)
+    values = torch.tensor([1.0 + 2**-9, -3.14159]).repeat(100_000).view(200, 1000)
+    there, apart = torch.empty(200, 1000, dtype=torch.bfloat16), torch.empty(1000, 200, dtype=torch.bfloat16).T
+    for target in (there, apart):
+        stochastic_round_into(target, values, torch.Generator().manual_seed(1))
+        assert (target.float() - values).abs().max() <= 2**-6
+        assert target.reshape(-1, 2).double().mean(0).tolist() == pytest.approx([1.0 + 2**-9, -3.14159], abs=1e-4)
+    assert torch.unique(there[:, ::2]).tolist() == [1.0, 1.0 + 2**-7]
+
+
+def test_stochastic_round_takes_15_bytes_a_value():
+    """As `planner/calibration.py` has it: noise, masked sum and size of the value in float32, and three truth values."""
+    values = torch.randn(1000, 100)
+    with LiveBytes() as memory:
+        stochastic_round(values)
+    assert memory.peak == ROUNDING_BYTES * values.numel()
 
 
 def test_stochastic_rounding_refuses_float16():

@@ -14,13 +14,16 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from finesight.errors import CheckpointError, DataError, RecipeError
+from finesight.errors import CheckpointError, DataError, ModelError, RecipeError
 from finesight.models.adapter_metadata import read_metadata
+from finesight.models.adapters import apply_tuning
 from finesight.models.load import load
+from finesight.recipe import TuningSettings
 from finesight.recipe_files import load_recipe
 from finesight.training.checkpoint import verify_checkpoint
-from finesight.training.run import SFTTrainer, train
+from finesight.training.run import train
 from finesight.training.telemetry import read_metrics
+from finesight.training.trainers import SFTTrainer
 from tiny import tiny_checkpoint
 from tiny_runs import MAX_PIXELS, MIN_PIXELS, tiny_recipe, write_rows
 
@@ -251,6 +254,33 @@ def test_trainer_starts_from_a_recipe_and_settings_go_before_it(checkpoint, rows
 def test_trainer_refuses_unknown_settings_with_the_equivalent(checkpoint, settings, message):
     with pytest.raises(RecipeError, match=message):
         SFTTrainer(checkpoint, train_dataset=[], console=silent(), **settings)
+
+
+class TestOnAQuantisedModel:
+    """A model that was loaded in fewer bits before it is handed over."""
+
+    ROWS = ({"prompt": "question", "completion": "answer"},) * 4
+
+    @pytest.fixture
+    def loaded(self, checkpoint):
+        return load(checkpoint, device="cpu", load_in_8bit=True, quantize_tower=True)
+
+    def test_full_tuning_is_refused(self, loaded, tmp_path):
+        with pytest.raises(RecipeError, match=r"model\.load_in_8bit is for tuning\.method: lora"):
+            SFTTrainer(loaded, train_dataset=self.ROWS, output_dir=tmp_path / "run", method="full", console=silent(), **SETTINGS)
+        with pytest.raises(ModelError, match=r"tuning\.method: full trains the weights themselves.*quantised"):
+            apply_tuning(loaded.model, TuningSettings(method="full"), loaded.family, seed=0)
+
+    def test_its_precision_is_that_of_the_run(self, loaded, tmp_path):
+        trainer = SFTTrainer(loaded, train_dataset=self.ROWS, output_dir=tmp_path / "run", console=silent(), max_steps=1, **SETTINGS)
+        assert trainer.recipe.model.load_in_8bit and trainer.recipe.model.quantize_tower
+        metadata = read_metadata(trainer.train().adapter_dir)
+        assert (metadata.quantization, metadata.quantize_tower, metadata.quantize_vocabulary) == ("8bit", True, False)
+
+    def test_another_precision_is_refused(self, loaded):
+        for settings in ({"load_in_4bit": True}, {"load_in_8bit": False}):
+            with pytest.raises(RecipeError, match="but the model was loaded with"):
+                SFTTrainer(loaded, train_dataset=self.ROWS, console=silent(), **settings)
 
 
 def test_trainer_refuses_rows_that_are_none(checkpoint, tmp_path):

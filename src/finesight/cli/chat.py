@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from finesight.cli.predict import in_flags
+from finesight.cli.flags import in_flags
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.encode import Encoder
 from finesight.data.media_policy import IMAGE_SUFFIXES, VIDEO_SUFFIXES

@@ -24,9 +24,10 @@ from finesight.models.adapter_metadata import read_metadata, restore_data_settin
 from finesight.models.load import load_model
 from finesight.recipe import DataSettings, ModelSettings, Recipe
 from finesight.recipe_files import dump_recipe
-from finesight.tasks.graders import GRADERS
+from finesight.tasks.graders import GRADERS, check_graders
 from finesight.tasks.task import Task, load_task
 from finesight.training.prepare import prepare
+from finesight.training.run_report import reinforcement_of
 from finesight.training.telemetry import METRICS
 
 REPORT = "report.html"
@@ -89,6 +90,7 @@ def evaluate_recipe(
         tasks=tasks,
         title=f"{recipe.model.name_or_path}: {'before and after' if earlier else 'evaluation'}",
         recipe=dump_recipe(recipe),
+        reinforcement=reinforcement_of(run) if trained is not None else None,
         metrics=metrics if trained is not None and metrics.is_file() else None,
         notes=[f"Judged: {trained}" if trained is not None else "Judged: the base alone"],
     )
@@ -99,8 +101,9 @@ def load_tasks(recipe: Recipe, console: Console) -> list[Task]:
     """The tasks of a recipe; held-out rows are divided off exactly as for training.
 
     Raises:
-        DataError, EvaluationError: rows cannot be read, or a grader is unknown.
+        DataError, EvaluationError: rows cannot be read, or a grader is unknown or lacks its library.
     """
+    check_graders(recipe.evaluation.tasks, base_dir=Path.cwd())
     held_out: Sequence[Conversation] = ()
     if any(task.data == "eval_split" for task in recipe.evaluation.tasks) and recipe.data.eval_split is not None:
         held_out = prepare(recipe, console=console).held_out_conversations

@@ -70,18 +70,11 @@ def export_to(
     weights = require_weights(given)
     run = run_folder(given if weights == given else weights)
     kind: Kind = handover.content if target == "hub" else "merged" if target == "gguf" else target
-    if target == "hub":
-        if handover.repo is None:
-            raise ExportError("--to hub needs --repo USER/NAME.")
-        check_repo(handover.repo)
-    if target == "gguf" and handover.llama_cpp is not None:
-        find_converter(handover.llama_cpp)
+    _check_target(target, output, handover)
     asked = [] if drawn else rows_of_run(run, weights, prompts, console)
     _say(console, f"Verified on {len(asked)} rows of the run's data." if asked else "Verified on drawn images.")
-    base = model_settings(model, weights)
+    base = model_settings(model, weights, unquantized=True)  # export brings it to what the adapter knew by itself
     folder = output / MERGED if target == "gguf" else output
-    if target == "gguf" and output.is_dir() and any(output.iterdir()):
-        raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
     output.parent.mkdir(parents=True, exist_ok=True)
     if target == "gguf":
         output.mkdir(exist_ok=True)
@@ -105,6 +98,19 @@ def export_to(
         (folder / README).write_text(card, encoding="utf-8")
         _say(console, f"Uploaded: {upload(folder, handover.repo, private=not handover.public)}")
     return folder
+
+
+def _check_target(target: Target, output: Path, handover: Handover) -> None:
+    """What is missing for a target, or in its way, is said before work begins."""
+    if target == "hub":
+        if handover.repo is None:
+            raise ExportError("--to hub needs --repo USER/NAME.")
+        check_repo(handover.repo)
+    if target == "gguf":
+        if handover.llama_cpp is not None:
+            find_converter(handover.llama_cpp)
+        if output.is_dir() and any(output.iterdir()):
+            raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
 
 
 def rows_of_run(run: Path, weights: Path, count: int, console: Console) -> list[Conversation]:

@@ -17,6 +17,8 @@ from pydantic_core import PydanticUndefined
 from finesight.errors import RecipeError
 from finesight.recipe import ColumnSettings, Recipe, Settings, SourceSettings, TaskSettings
 from finesight.recipe_files import parse_recipe, section_class
+from finesight.tasks.graders import get_grader
+from finesight.tasks.user_code import is_user_function
 
 _COMMENT_COLUMN = 48
 _HEADER = """\
@@ -126,7 +128,10 @@ def chosen_settings(
 
     Raises:
         RecipeError: the settings contradict each other, or a column is not of the form role=name.
+        EvaluationError: there is no such grader in the library, or what it needs is not installed.
     """
+    if not is_user_function(grader):  # code of the user may be written later
+        get_grader(grader)
     entry = {name: value for name, value in source.items() if value}
     if source.get("columns"):
         entry["columns"] = _columns(source["columns"])

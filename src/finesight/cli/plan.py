@@ -11,7 +11,7 @@ from rich.console import Console
 from finesight.errors import ModelError, RecipeError
 from finesight.planner.activations import Execution
 from finesight.planner.catalogue import find_shape
-from finesight.planner.fit import Change, Situation, as_stored, choose_policy, fit, levers
+from finesight.planner.fit import Change, Situation, as_stored, choose_policy, fit, gpus_that_fit, levers
 from finesight.planner.gpus import Gpu, find_gpu, parse_memory
 from finesight.planner.plan import MemoryPlan
 from finesight.planner.shapes import ModelShape
@@ -32,27 +32,36 @@ class Target:
 
     gpu: Gpu = REFERENCE
     available_bytes: int | None = None
+    label: str = ""  # the card, for people
 
     @staticmethod
     def of(memory: str | None, name: str | None) -> Target:
-        """From the options `--gpu` and `--gpu-name`; given both, the memory goes before the card's.
+        """From the options `--gpu` and `--gpu-name`; given both, it is a card of that name with that memory, and the label says so.
 
         Raises:
             RecipeError: the amount or the name cannot be read.
         """
-        gpu = find_gpu(name) if name else REFERENCE
-        available = parse_memory(memory) if memory else gpu.available_bytes if name else None
-        return Target(gpu, available)
+        gpu = find_gpu(name) if name is not None else None
+        if memory is None:
+            return Target() if gpu is None else Target(gpu, gpu.available_bytes, gpu.name)
+        if gpu is None:
+            return Target(available_bytes=parse_memory(memory))
+        return Target(gpu, parse_memory(memory), f"{gpu.name} (--gpu; the card itself has {gpu.memory_gib:g} GiB)")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A plan, what would change it, and with `--fit` the settings found."""
+    """A plan, what would change it, and with `--fit` the settings found.
+
+    Attributes:
+        more_gpus: on so many of them it would fit if they shared the model; None: it fits as it is, or on none.
+    """
 
     plan: MemoryPlan
     target: Target
     changes: list[Change]
     fitted: Change | None = None
+    more_gpus: int | None = None
 
 
 def plan_recipe(
@@ -62,6 +71,7 @@ def plan_recipe(
     tokens: int | None = None,
     pixels: int | None = None,
     search: bool = False,
+    gpus: int = 1,
     console: Console | None = None,
 ) -> Outcome:
     """Plans a recipe.
@@ -70,19 +80,22 @@ def plan_recipe(
         tokens: of the largest pack, and
         pixels: of each image, in place of what the data say; where either is given, or the recipe names no data, none are read.
         search: look for the fastest settings that fit.
+        gpus: that train together; the plan is that of each.
 
     Raises:
-        RecipeError: a search is asked for without a GPU.
+        RecipeError: a search is asked for without a GPU, or sharding with a single one.
         FinesightError: the model's dimensions are not known, or the data cannot be read.
     """
     if search and target.available_bytes is None:
         raise RecipeError("--fit needs a GPU to fit: give --gpu 16GiB or --gpu-name 'RTX 4090'.")
+    if recipe.training.sharding == "full" and gpus == 1:
+        raise RecipeError("training.sharding: full divides the model over several GPUs: give their number, as in --gpus 2.")
     model = find_shape(recipe.model.name_or_path, recipe.model.revision)
-    recipe = as_stored(model, recipe)
+    model, recipe = as_stored(model, recipe)
     if recipe.data.train and tokens is None and pixels is None:
-        sizes, longest, largest_image = _from_data(recipe, console)
+        sizes, longest, largest_image = _from_data(recipe, console, gpus)
     else:
-        sizes, longest, largest_image = _from_pixels(model, recipe, tokens, pixels)
+        sizes, longest, largest_image = _from_pixels(model, recipe, tokens, pixels, gpus)
     situation = Situation(
         model=model,
         sizes_of=sizes,
@@ -90,6 +103,7 @@ def plan_recipe(
         available_bytes=target.available_bytes or 0,
         execution=Execution.here(compiled=recipe.training.torch_compile is not False and target.gpu.compiles),
         precision=precision_on(recipe, target.gpu.capability),
+        processes=gpus,
         longest_sample=longest,
         pixels=largest_image,
     )
@@ -105,15 +119,16 @@ def plan_recipe(
                 f"No change of token budget, activation policy, quantisation or pixels makes {model.name} fit "
                 f"{target.available_bytes / 2**30:.1f} GiB. Take a smaller model, or a larger GPU."  # type: ignore[operator]
             )
-    return Outcome(plan, target, levers(situation, plan)[:LEVERS_SHOWN], fitted)
+    too_large = target.available_bytes is not None and not plan.fits(target.available_bytes)
+    return Outcome(plan, target, levers(situation, plan)[:LEVERS_SHOWN], fitted, gpus_that_fit(situation, recipe) if too_large else None)
 
 
-def _from_data(recipe: Recipe, console: Console | None) -> tuple[Callable[[Recipe], RunSizes], int, int | None]:
+def _from_data(recipe: Recipe, console: Console | None, gpus: int) -> tuple[Callable[[Recipe], RunSizes], int, int | None]:
     from finesight.training.prepare import prepare
     from finesight.training.run_sizes import DataSizes
 
     try:
-        sizes = DataSizes(prepare(recipe, console=console))
+        sizes = DataSizes(prepare(recipe, console=console), gpus)
     except ModelError as error:
         raise ModelError(
             f"{error} The data's sizes in tokens need the checkpoint's tokenizer; --pixels 1000000 (and --tokens) plans without data."
@@ -123,7 +138,7 @@ def _from_data(recipe: Recipe, console: Console | None) -> tuple[Callable[[Recip
 
 
 def _from_pixels(
-    model: ModelShape, recipe: Recipe, tokens: int | None, pixels: int | None
+    model: ModelShape, recipe: Recipe, tokens: int | None, pixels: int | None, gpus: int
 ) -> tuple[Callable[[Recipe], RunSizes], int, int | None]:
     size = pixels or recipe.data.max_pixels or DEFAULT_PIXELS
 
@@ -131,7 +146,7 @@ def _from_pixels(
         image = size if changed.data.max_pixels is None else min(size, changed.data.max_pixels)
         budget = changed.training.token_budget
         given = tokens if tokens is not None and budget == recipe.training.token_budget else budget
-        return filled_run(model, given, image, changed.training.train_batch_size)
+        return filled_run(model, given, image, -(-changed.training.train_batch_size // gpus))
 
     longest = max(pack.tokens // pack.samples for pack in filled_run(model, 1, size, 1).packs)
     return sizes, longest, size

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from finesight.cli.flags import in_flags
 from finesight.cli.predict_output import dependencies, opened
 from finesight.cli.progress import task_progress
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
@@ -29,35 +30,6 @@ from finesight.sampling.grammar import GrammarCompiler, read_schema
 from finesight.sampling.types import Completion, SamplingSettings
 
 _BATCHES_PER_CHUNK = 16  # answers are written after so many batches, so that little is lost when the run is stopped
-
-# Messages of the library name settings of a recipe; these are the options that stand for them here.
-_FLAGS = (
-    (r"add (.+) to data\.allowed_dirs, or set the source\.media_dir to it", r"give --media-dir \1"),
-    (r"the source\.media_dir: (.+?) would make it resolve", r"--media-dir \1 would make it resolve"),
-    (r"the source\.media_dir", "--media-dir"),
-    (r"[Ss]et model\.adapter to it and model\.name_or_path to its base", "Give it with --adapter, and its base with --model"),
-    (r"\bSet model\.(adapter|name_or_path) to", r"Give model.\1"),
-    (r"\bset data\.on_bad_row: skip", "add --on-bad-row skip"),
-    (r"\bset data\.allow_urls: true", "add --allow-urls"),
-    (r"data\.allow_urls: true", "--allow-urls"),
-    (r"data\.on_bad_row: skip", "--on-bad-row skip"),
-    (r"\bmodel\.name_or_path", "--model"),
-    (r"\bmodel\.adapter", "--adapter"),
-    (r"\b[Ss]et model\.load_in_(4bit|8bit|fp8): true", r"Give --load-in-\1"),
-    (r"\b([Ss]et|leave out) model\.load_in_(4bit|8bit|fp8)(: false)?", r"Leave out --load-in-\2"),
-    (r"\b(model\.)?load_in_(4bit|8bit|fp8)(: true)?", r"--load-in-\2"),
-    (r"\bquantize_(vocabulary|tower)", r"--quantize-\1"),
-    (r"\bevaluation\.batch_size", "--batch-size"),
-    (r"\bevaluation\.max_completion_length", "--max-completion-length"),
-    (r"\bdata\.(min|max)_pixels", r"--\1-pixels"),
-)
-
-
-def in_flags(message: str) -> str:
-    """A message in the options of `finesight predict`, in place of the settings of a recipe."""
-    for setting, flag in _FLAGS:
-        message = re.sub(setting, flag, message)
-    return message
 
 
 def read_inputs(

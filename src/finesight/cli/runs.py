@@ -1,4 +1,4 @@
-"""`finesight runs`: what runs there are, how they differ, going on with one, deleting one."""
+"""`finesight runs`: what runs there are, how they differ, a report of one, going on with one, deleting one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from finesight.errors import CheckpointError
 
-runs = typer.Typer(name="runs", help="List, compare, resume and delete runs.", no_args_is_help=True)
+runs = typer.Typer(name="runs", help="List, compare, report, resume and delete runs.", no_args_is_help=True)
 
 _RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
@@ -77,6 +77,18 @@ def compare(
             console.print(
                 f"Note: the recipe of {run.path} cannot be read: {run.recipe_problem}", markup=False, highlight=False, soft_wrap=True
             )
+
+
+@runs.command()
+def report(folder: _RunArgument) -> None:
+    """Write report.html of a run of reinforcement, also while it goes on: reward curves, and completions with their images."""
+    from finesight.training.run_folder import read_run
+    from finesight.training.run_report import write_run_report
+
+    path = write_run_report(read_run(folder).path)
+    if path is None:
+        raise CheckpointError(f"{folder} has no rewards to report of: it is no run of reinforcement (grpo), or has not made a step yet.")
+    Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 @runs.command()

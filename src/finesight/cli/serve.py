@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from finesight.cli.weights import is_adapter_folder, model_settings, require_weights, run_folder
+from finesight.cli.weights import differing_precision, is_adapter_folder, model_settings, require_weights, run_folder
 from finesight.errors import FinesightError, ModelError
 from finesight.recipe import DataSettings, ModelSettings
 from finesight.serve.settings import ServeSettings
@@ -71,7 +71,7 @@ def serve_models(
 
     Args:
         model, adapters, name: as :func:`served` takes them.
-        precision: load_in_4bit and its siblings.
+        precision: load_in_4bit and its siblings, as :func:`model_settings` takes them.
 
     Raises:
         FinesightError: the extra `serve` is missing; from loading; the address cannot be listened on.
@@ -80,6 +80,8 @@ def serve_models(
     if missing:
         raise FinesightError(f"The server needs the extra `serve` ({', '.join(missing)} missing). Run `pip install 'finesight[serve]'`.")
     settings, folders, name = served(model, adapters, name, dtype, **precision)
+    for warning in differing_precision(settings, list(folders.values())[1:]):  # of the first one loading speaks
+        console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     from finesight.serve.app import serve
     from finesight.serve.models import ModelShelf
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from finesight.cli.predict import in_flags
+from finesight.cli.flags import in_flags
 from finesight.cli.serve import served
+from finesight.cli.weights import QUANTIZED, differing_precision
 from finesight.errors import ModelError
 from finesight.models.adapter_metadata import METADATA, restore_data_settings
 from finesight.recipe import DataSettings
@@ -44,13 +45,17 @@ def hand_over(
     """Becomes the engine's process, or prints its command to stdout.
 
     Args:
-        model, adapters, name, precision: as of :func:`finesight.cli.serve.serve_models`.
+        model, adapters, name: as of :func:`finesight.cli.serve.serve_models`.
+        precision: the same; without any bits named, the base is loaded in full precision.
         images_per_prompt: most images of a request; None: as the engine has it.
         console: for notes.
 
     Raises:
         ModelError: the engine is not installed, or its version cannot serve this, with the reason.
     """
+    # Not in the bits that an adapter was trained over: engines quantise in their own ways, and few can under adapters.
+    if not any(precision.get(f"load_in_{bits}") for bits in QUANTIZED):
+        precision["unquantized"] = True
     settings, folders, name = served(model, adapters, name, dtype, **precision)
     overridden: list[str] = []
     if (Path(settings.name_or_path) / METADATA).is_file():  # a whole model that was trained here
@@ -59,7 +64,7 @@ def hand_over(
     wanted = Wanted(settings, limits, facts, name, data, tensor_parallel_size, images_per_prompt)
     executable = shutil.which(engine)
     command = engine_command(engine, wanted, None if executable is None else installed_version(engine))
-    for note in (*overridden, *command.notes):
+    for note in (*overridden, *differing_precision(settings, folders.values()), *command.notes):
         console.print(f"Note: {in_flags(note)}", markup=False, highlight=False, soft_wrap=True)
     if print_only:
         sys.stdout.write(printed(command, limits.api_key) + "\n")

@@ -92,11 +92,7 @@ class Encoder:
         Raises:
             DataError, TemplateError: as in :meth:`encode`; also where no question is left.
         """
-        turns = list(self._arranged(conversation.turns))
-        while turns and turns[-1].role == "assistant":
-            turns.pop()
-        if not any(turn.role == "user" for turn in turns):
-            raise _refusal(conversation.source, "no user turn to answer")
+        turns = self.prompt_turns(conversation)
         media = self._measured(turns, conversation.source)
         sample = self._encode(turns, media, conversation, prompt=True)
         if self._fits(sample):
@@ -104,6 +100,19 @@ class Encoder:
         if self._too_long == "shrink_pixels":
             return self._shrunk(turns, media, conversation, sample, prompt=True)
         raise self._too_long_refusal(sample)
+
+    def prompt_turns(self, conversation: Conversation) -> list[Turn]:
+        """The turns of a prompt as :meth:`encode_prompt` encodes them: media arranged, without the answers at the end.
+
+        Raises:
+            DataError: no question is left.
+        """
+        turns = list(self._arranged(conversation.turns))
+        while turns and turns[-1].role == "assistant":
+            turns.pop()
+        if not any(turn.role == "user" for turn in turns):
+            raise _refusal(conversation.source, "no user turn to answer")
+        return turns
 
     def _arranged(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         """The turns with the media of a leading user turn ahead of its text, if so asked."""

@@ -178,14 +178,8 @@ class _HttpConnection(http.client.HTTPConnection):
         _check_peer(self, self._private_allowed)
 
 
-class _HttpsConnection(http.client.HTTPSConnection):
-    def __init__(self, *args: Any, private_allowed: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._private_allowed = private_allowed
-
-    def connect(self) -> None:
-        super().connect()
-        _check_peer(self, self._private_allowed)
+class _HttpsConnection(_HttpConnection, http.client.HTTPSConnection):
+    """The same over TLS: what is checked comes after the connection of the second base."""
 
 
 class _Http(urllib.request.HTTPHandler):

@@ -73,7 +73,7 @@ class GroupSchedule(Schedule):
         prompts: encoded, without pixels.
         sizes: how completions make up steps.
         train_batch_size: completions of an optimizer step, a multiple of `sizes.num_generations`.
-        token_budget, share, shuffle, seed: as for :class:`Schedule`.
+        token_budget, share, shuffle, seed, processes: as for :class:`Schedule`.
 
     Raises:
         DataError: there are no prompts.
@@ -89,9 +89,12 @@ class GroupSchedule(Schedule):
         share: bool = True,
         shuffle: bool = True,
         seed: int = 0,
+        processes: int = 1,
     ) -> None:
         groups = max(1, train_batch_size // sizes.num_generations)
-        super().__init__(prompts, train_batch_size=groups, token_budget=token_budget, share=share, shuffle=shuffle, seed=seed)
+        super().__init__(
+            prompts, train_batch_size=groups, token_budget=token_budget, share=share, shuffle=shuffle, seed=seed, processes=processes
+        )
         self.sizes = sizes
 
     @property
@@ -129,5 +132,5 @@ class GroupSchedule(Schedule):
     def plan_of(self, samples: Sequence[Sample], epoch: int, index: int, token_budget: int | None = None) -> StepPlan:
         """The packs of one step's completions."""
         budget = self.token_budget if token_budget is None else token_budget
-        plans, deal = plan_packs(samples, token_budget=budget, share=self.share)
+        plans, deal = plan_packs(samples, token_budget=budget, share=self.share, processes=self.processes)
         return StepPlan(tuple(plans), deal, epoch, index, budget)

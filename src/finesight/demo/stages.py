@@ -47,6 +47,7 @@ from finesight.recipe import Recipe
 from finesight.recipe_files import RECIPE_FILE, dump_recipe
 from finesight.tasks.task import Task, load_task
 from finesight.training.run import RunResult, train
+from finesight.training.run_report import reinforcement_of
 from finesight.training.telemetry import METRICS, duration, progress
 
 SUMMARY, REPORT, ANSWERS = "summary.json", "report.html", "answers.jsonl"
@@ -261,6 +262,7 @@ class _Demo:
             title="Finesight demo",
             recipe=dump_recipe(recipe),
             metrics=self.folders.new_run / METRICS,
+            reinforcement=reinforcement_of(self.folders.rewarded_run),
             notes=[
                 f"A tiny Qwen3-VL had learned: {old}. An adapter on its language model, the tower frozen, was trained on: {new}.",
                 f"No scan in these held-out scenes was trained on. Seed {self.seed}.",

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from finesight.evaluation.results import TaskSummary
 
 _BEFORE, _AFTER, _HELD_OUT = "#9aa5b1", "#1f6feb", "#d1495b"
+_COLORS = (_AFTER, "#8250df", "#1a7f37", "#bf8700", "#0a7ea4", "#6e7781")
 _SMOOTHING_POINTS = 200  # a curve with more points than this gets a running mean
+_FEW_POINTS = 12  # a curve of so few points has marks
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,17 @@ class LossCurve:
     eval_losses: tuple[float, ...] = ()
 
 
-def read_loss_curve(path: str | Path) -> LossCurve | None:
-    """The losses in a `metrics.jsonl` (lines with `step` and `loss` or `eval_loss`); None if it has none.
+@dataclass(frozen=True)
+class Series:
+    """One figure of a run by step."""
 
-    A run that was resumed may have written a step twice: the later line counts. A last line cut off by a crash is
-    passed over.
+    label: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last one that a crash cut off is passed over.
 
     Raises:
         EvaluationError: the file cannot be read.
@@ -46,26 +54,43 @@ def read_loss_curve(path: str | Path) -> LossCurve | None:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"Metrics {path} cannot be read: {error}.") from None
-    found: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}}
+    entries = []
     for number, line in enumerate(lines):
         try:
-            entry = json.loads(line)
+            entries.append(json.loads(line))
         except ValueError:
             if number == len(lines) - 1:
                 break
             raise EvaluationError(f"Metrics {path}, line {number + 1} is not JSON.") from None
-        for name, series in found.items():
-            if isinstance(entry, dict) and isinstance(entry.get(name), (int, float)) and math.isfinite(entry[name]) and "step" in entry:
-                series[int(entry["step"])] = float(entry[name])
-    if not found["loss"] and not found["eval_loss"]:
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def series_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+    """Every figure in lines of metrics by its name, in the order of their appearance; events are left out.
+
+    A run that was resumed may have written a step twice: the later line counts. Numbers that are not finite are left out.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for line in lines:
+        if not isinstance(line.get("step"), int) or "event" in line:
+            continue
+        for name, value in line.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                found.setdefault(name, {})[line["step"]] = float(value)
+    return {name: Series(name, *zip(*sorted(values.items()), strict=True)) for name, values in found.items()}
+
+
+def read_loss_curve(path: str | Path) -> LossCurve | None:
+    """The losses in a `metrics.jsonl` (`loss` and `eval_loss`); None if it has none.
+
+    Raises:
+        EvaluationError: the file cannot be read.
+    """
+    found = series_of(read_lines(path))
+    if not {"loss", "eval_loss"} & found.keys():
         return None
-    losses, evals = sorted(found["loss"].items()), sorted(found["eval_loss"].items())
-    return LossCurve(
-        tuple(step for step, _ in losses),
-        tuple(loss for _, loss in losses),
-        tuple(step for step, _ in evals),
-        tuple(loss for _, loss in evals),
-    )
+    loss, held_out = (found.get(name, Series(name, (), ())) for name in ("loss", "eval_loss"))
+    return LossCurve(loss.steps, loss.values, held_out.steps, held_out.values)
 
 
 def accuracy_plot(before: Sequence[TaskSummary], after: Sequence[TaskSummary]) -> str:
@@ -105,6 +130,39 @@ def loss_plot(curve: LossCurve) -> str:
     axes.set_ylabel("loss (nats a token)")
     axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
+
+
+def series_plot(series: Sequence[Series], unit: str, *, held_out: Series | None = None, share: bool = False) -> str:
+    """Figures of a run by step as SVG; of a long one its running mean before the figure itself.
+
+    Args:
+        unit: of the values, for the axis.
+        held_out: drawn with marks, since it is measured now and then.
+        share: values lie between 0 and 1.
+    """
+    figure, axes = _figure(4.8, 2.6)
+    for number, one in enumerate(series):
+        color = _COLORS[number % len(_COLORS)]
+        seldom = len(one.values) <= _FEW_POINTS
+        if len(one.values) > _SMOOTHING_POINTS:
+            axes.plot(one.steps, one.values, color=color, lw=0.6, alpha=0.3)
+            axes.plot(one.steps, _running_mean(one.values), color=color, lw=1.5, label=_plain(one.label))
+        else:
+            axes.plot(one.steps, one.values, color=color, lw=1.4, marker="o" if seldom else None, ms=3, label=_plain(one.label))
+    if held_out is not None:
+        axes.plot(held_out.steps, held_out.values, color=_HELD_OUT, lw=1.4, marker="o", ms=3, label=_plain(held_out.label))
+    if share:
+        axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("optimizer step", fontsize=8)
+    axes.set_ylabel(unit, fontsize=8)
+    if len(series) + (held_out is not None) > 1:
+        axes.legend(frameon=False, fontsize=7)
+    return _svg(figure)
+
+
+def _plain(label: str) -> str:
+    """A name of the user's for a legend, where a dollar sign would be a formula and a leading underscore would hide it."""
+    return label.lstrip("_").replace("$", r"\$")
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -6,28 +6,24 @@ page forbids itself scripts and anything from elsewhere.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from finesight.data.conversation import Conversation, MediaRef, Part
-from finesight.data.media import open_image, read_frames
-from finesight.errors import MediaError
 from finesight.evaluation.compare import Change, Comparison, TaskComparison, change_of, compare, pair_records
+from finesight.evaluation.pictures import Picture, picture_of
 from finesight.evaluation.plots import accuracy_plot, loss_plot, read_loss_curve
+from finesight.evaluation.reinforcement import Reinforcement
 from finesight.evaluation.results import EvaluationResult, Record, TaskSummary
 
 if TYPE_CHECKING:
     from finesight.tasks.task import Task
 
-_THUMBNAIL_PIXELS = 160  # of the longer side
 _LONGEST_TEXT = 1200  # characters of a question or answer that are shown
 _PICTURES = 4  # of one example
 _CHANGE_TITLES: dict[Change, str] = {
@@ -39,16 +35,10 @@ _CHANGE_TITLES: dict[Change, str] = {
 
 
 @dataclass(frozen=True)
-class _Picture:
-    url: str | None  # data URL, or None where the file cannot be opened
-    label: str
-
-
-@dataclass(frozen=True)
 class _Example:
     before: Record | None
     after: Record
-    pictures: tuple[_Picture, ...]
+    pictures: tuple[Picture, ...]
     graded_binary: bool
 
     @property
@@ -92,6 +82,7 @@ def write_report(
     title: str = "Finesight report",
     recipe: str | None = None,
     metrics: str | Path | None = None,
+    reinforcement: Reinforcement | None = None,
     notes: Sequence[str] = (),
     max_examples: int = 40,
 ) -> Path:
@@ -103,6 +94,7 @@ def write_report(
         tasks: where the pictures come from; without a task, image paths of its records are opened.
         recipe: the resolved recipe as YAML.
         metrics: the `metrics.jsonl` of the run, for the loss curve.
+        reinforcement: what a run of reinforcement told (:func:`finesight.evaluation.reinforcement.read_reinforcement`).
         notes: sentences under the title.
         max_examples: examples shown of each group (fixed, broken, …) of a task.
 
@@ -121,18 +113,35 @@ def write_report(
         probe_before=before.probe if before else None,
         probe_change=comparison.probe if comparison else None,
         loss_svg=Markup(loss_plot(curve)) if curve else None,
+        reinforcement=reinforcement,
         examples=_sections(before, after, tasks, max_examples),
         recipe=recipe,
         settings=after.settings,
         versions=after.versions,
     )
+    return _render(path, "report.html.jinja", context)
+
+
+def write_run_report(
+    path: str | Path, reinforcement: Reinforcement, *, title: str, recipe: str | None = None, notes: Sequence[str] = ()
+) -> Path:
+    """Writes one offline HTML file about a run of reinforcement and returns its path.
+
+    Args:
+        recipe: the resolved recipe as YAML.
+        notes: sentences under the title.
+    """
+    return _render(path, "run_report.html.jinja", dict(title=title, notes=list(notes), reinforcement=reinforcement, recipe=recipe))
+
+
+def _render(path: str | Path, template: str, context: Mapping[str, Any]) -> Path:
     environment = Environment(
         loader=PackageLoader("finesight.evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=_percent, points=_points, short=_short)
+    environment.filters.update(percent=_percent, points=_points, short=_short, reward=_reward)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template("report.html.jinja").render(context), encoding="utf-8", errors="replace")
+    path.write_text(environment.get_template(template).render(context), encoding="utf-8", errors="replace")
     return path
 
 
@@ -186,40 +195,15 @@ def _section(
     )
 
 
-def _pictures(record: Record, conversation: Conversation | None) -> tuple[_Picture, ...]:
+def _pictures(record: Record, conversation: Conversation | None) -> tuple[Picture, ...]:
     if conversation is not None:
         parts = list(conversation.media)[:_PICTURES]
-        return tuple(_picture(part, label) for part, label in zip(parts, record.images, strict=False))
+        return tuple(picture_of(part, label) for part, label in zip(parts, record.images, strict=False))
     found = [Path(reference) for reference in record.images[:_PICTURES]]
     return tuple(
-        _picture(Part("image", media=MediaRef(path=str(path))), path.name) if path.is_file() else _Picture(None, str(path))
+        picture_of(Part("image", media=MediaRef(path=str(path))), path.name) if path.is_file() else Picture(None, str(path))
         for path in found
     )
-
-
-def _picture(part: Part, label: str) -> _Picture:
-    """A thumbnail; of a video, its first frame."""
-    try:
-        if part.media is None:
-            return _Picture(None, label)
-        image = read_frames(part.media, [0])[0] if part.type == "video" else open_image(part.media)
-    except MediaError as error:
-        return _Picture(None, str(error))
-    return _Picture(thumbnail_url(image), label)
-
-
-def thumbnail_url(image: Image.Image, side: int = _THUMBNAIL_PIXELS) -> str:
-    """A data URL of an RGB image made small: PNG where that is exact and tiny, JPEG otherwise."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    if small.width * small.height <= 4096:  # drawings of a few pixels suffer from JPEG
-        small.save(buffer, "PNG")
-        kind = "png"
-    else:
-        small.save(buffer, "JPEG", quality=80)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _percent(share: float) -> str:
@@ -228,6 +212,10 @@ def _percent(share: float) -> str:
 
 def _points(change: float) -> str:
     return f"{100 * change:+.1f}"
+
+
+def _reward(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def _short(text: str) -> str:

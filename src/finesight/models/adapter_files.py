@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -32,10 +33,21 @@ from finesight.models.expert_adapters import adapt_quantized_experts
 from finesight.models.parameters import freeze_biases_of_other_parts
 
 
-def save_adapter(model: PeftModel, folder: str | Path, metadata: AdapterMetadata) -> Path:
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter under the names of its file."""
+    # With the default ("auto") peft would look the base up on the hub; the embeddings never train beside an adapter.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def save_adapter(
+    model: PeftModel, folder: str | Path, metadata: AdapterMetadata, weights: Mapping[str, torch.Tensor] | None = None
+) -> Path:
     """Write `adapter_model.safetensors`, `adapter_config.json` and `finesight.json`; returns the folder.
 
     Nothing is renamed into place here: whoever needs a crash-safe folder writes into one to the side.
+
+    Args:
+        weights: what :func:`adapter_weights` gives, where the model itself holds only a part of it; None: the model's.
 
     Raises:
         ModelError: the model carries no adapter.
@@ -44,16 +56,15 @@ def save_adapter(model: PeftModel, folder: str | Path, metadata: AdapterMetadata
         raise ModelError("This model carries no adapter to save. Train with tuning.method: lora, or save the whole model.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # With the default ("auto") peft would look the base up on the hub; the embeddings never train beside an adapter.
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    weights = adapter_weights(model) if weights is None else weights
+    kept = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
+    save_file(kept, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     content = dict(model.peft_config["default"].to_dict())
     content.update(base_model_name_or_path=metadata.base, inference_mode=True)
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    kept = {"format": METADATA_FORMAT, **asdict(metadata)}
-    (folder / METADATA).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    about = {"format": METADATA_FORMAT, **asdict(metadata)}
+    (folder / METADATA).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 
 
@@ -87,7 +98,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
                 wrapped = PeftModel.from_pretrained(
                     cast(Any, model), str(folder), name, is_trainable=is_trainable, config=adapt_quantized_experts(config)
                 )
-    except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(
             f"The adapter in {folder} does not fit this model: {_first_line(error)} It names the base {adapter_base(folder)}."
         ) from error

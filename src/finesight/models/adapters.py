@@ -23,6 +23,7 @@ from finesight.models.adapter_metadata import EXPERT_PARAMETERS, AdapterMetadata
 from finesight.models.expert_adapters import adapt_quantized_experts
 from finesight.models.experts import experts_of
 from finesight.models.parameters import ParameterCounts, PartCount, count_parameters, freeze_biases_of_other_parts, part_of
+from finesight.models.quantize import is_quantized
 from finesight.models.tuning_notes import tuning_notes
 from finesight.recipe import TuningSettings
 
@@ -89,13 +90,18 @@ def apply_tuning(model: nn.Module, tuning: TuningSettings, family: Family, seed:
     `finetune_vision_layers`; merger and DeepStack mergers under `finetune_merger`.
 
     Raises:
-        ModelError: nothing would train.
+        ModelError: nothing would train, or quantised weights would.
     """
     for note in tuning_notes(tuning, family):
-        logger.warning(note)
+        logger.info(note)
     if isinstance(model, PeftModel):
         freeze_biases_of_other_parts(model)
     elif tuning.method == "full":
+        if is_quantized(model):
+            raise ModelError(
+                "tuning.method: full trains the weights themselves, and those of this model are quantised: they cannot train. Set "
+                "tuning.method: lora, or load a checkpoint in full precision (without load_in_4bit, load_in_8bit and load_in_fp8)."
+            )
         _train_weights(model, tuning)
     else:
         model = _add_adapter(model, tuning, seed)

@@ -31,10 +31,13 @@ class CompiledFunction:
         keep_products_only: let the compiler keep results of costly operations alone for the backward pass and compute the
             rest again: the activation policy selective, which checkpointing inside compiled code would compile anew for
             each layer.
+        what: names in that report what runs uncompiled.
     """
 
-    def __init__(self, function: Callable[..., Any], say: Callable[[str], None], *, keep_products_only: bool = False) -> None:
-        self.function, self.say, self.keep_products_only = function, say, keep_products_only
+    def __init__(
+        self, function: Callable[..., Any], say: Callable[[str], None], *, keep_products_only: bool = False, what: str = "Layers"
+    ) -> None:
+        self.function, self.say, self.keep_products_only, self.what = function, say, keep_products_only, what
         # Dynamic: the number of tokens differs from pack to pack, and a graph for each would cost seconds every time.
         self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True)
 
@@ -47,7 +50,7 @@ class CompiledFunction:
         except _failures() as error:
             self._compiled = None
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            self.say(f"Layers run uncompiled, since compiling failed: {type(error).__name__}: {first_line}")
+            self.say(f"{self.what} run uncompiled, since compiling failed: {type(error).__name__}: {first_line}")
             return self.function(*arguments)
 
 

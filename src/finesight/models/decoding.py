@@ -4,13 +4,14 @@ Keys and values lie in blocks of a pool; a row's table names its blocks in order
 prompt name the same blocks and the prompt's keys and values exist once. Nothing here waits for the device or depends on
 values: a step can be captured in a CUDA graph.
 
-Shapes: B rows, M blocks of a row's table, H heads, G key-value heads, d head size, D hidden size, V vocabulary.
+Shapes: B rows, M blocks of a row's table, R rows of a bundle, H heads, G key-value heads, d head size, D hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,10 +19,12 @@ from torch.nn import functional as F
 
 from finesight.data.batch import PackedBatch
 from finesight.errors import ModelError
-from finesight.models.compilation import CompiledFunction
+from finesight.models.experts import wait_for_offsets
 from finesight.models.packed import PackedModel, attention_inputs, finish_layer
 
 BLOCK_TOKENS = 32
+# Most rows that read the blocks of their common prompt together.
+BUNDLE_ROWS = 8
 # Rows that are not in use write and read here.
 IDLE_BLOCK = 0
 
@@ -88,6 +91,31 @@ def block_bytes(text_config: Any, dtype: torch.dtype) -> int:
     return numbers * dtype.itemsize
 
 
+class Bundles(NamedTuple):
+    """Rows that go on from the same prompt, whose keys and values are read once for all of a bundle's rows."""
+
+    members: torch.Tensor  # (B, R) int64: the rows of the bundle that a row leads, -1 in other places
+    prompt_blocks: torch.Tensor  # (B,) int64: blocks at the front of a row's table that its bundle has in common
+
+
+def bundles_of(table: torch.Tensor, prompt_blocks: torch.Tensor) -> Bundles:
+    """Rows whose tables begin with the same block, in their order, at most R to a bundle.
+
+    Nothing depends on the size of what is found, so that a captured step can compute it.
+
+    Args:
+        table: (B, M) int64. A block at its front that is shared belongs to one prompt alone.
+        prompt_blocks: (B,) int64: blocks at the front that hold nothing but the prompt; 0 where there are none.
+    """
+    rows = torch.arange(len(table), device=table.device)
+    alike = table[:, None, 0] == table[None, :, 0]
+    place = (alike & (rows[None, :] < rows[:, None])).sum(dim=1)  # among the rows of the same prompt
+    leads = alike & (place[None, :] == (place - place % BUNDLE_ROWS)[:, None])  # exactly one of each row of the matrix
+    members = torch.full((len(table), BUNDLE_ROWS), -1, dtype=torch.int64, device=table.device)
+    members[leads.to(torch.uint8).argmax(dim=1), place % BUNDLE_ROWS] = rows
+    return Bundles(members, prompt_blocks)
+
+
 class Decoder:
     """Prompts into a pool, and steps from it.
 
@@ -102,8 +130,15 @@ class Decoder:
         self, packed: PackedModel, pool: KeyValuePool, *, compile_layers: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.packed, self.pool = packed, pool
-        self._inputs: Callable[..., Any] = CompiledFunction(attention_inputs, say) if compile_layers else attention_inputs
-        self._finish: Callable[..., Any] = CompiledFunction(finish_layer, say) if compile_layers else finish_layer
+        functions: tuple[Callable[..., Any], Callable[..., Any]] = (attention_inputs, finish_layer)
+        self._inputs, self._finish = packed.compiled_for_decoding(say) if compile_layers else functions
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a step can be captured in a CUDA graph."""
+        packed, layers = self.packed, self.packed.base.model.language_model.layers
+        experts = [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
+        return packed.device.type == "cuda" and not any(wait_for_offsets(each, packed.compute_dtype, packed.device) for each in experts)
 
     def prefill(self, batch: PackedBatch, slots: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) after the tokens that the batch's targets are predicted from.
@@ -118,7 +153,9 @@ class Decoder:
 
         return self._logits(self.packed.target_states(batch, observe=keep))
 
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, tokens: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, prompt_blocks: torch.Tensor
+    ) -> torch.Tensor:
         """Logits (B, V) after one more token of each row, whose keys and values are added to the pool.
 
         Args:
@@ -126,17 +163,18 @@ class Decoder:
             positions: (B,) int64, the same on all three axes.
             lengths: (B,) int64: tokens that a row has in the pool already.
             table: (B, M) int64: its blocks; room for one more token must be there.
+            prompt_blocks: (B,) int64: those at the front of its table that rows of the same prompt have in common.
         """
         text = self.packed.base.model.language_model
         hidden = text.embed_tokens(tokens)
         cos, sin = self.packed.rotary(positions.expand(3, -1), hidden)
         slots = table.gather(1, (lengths // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + lengths % BLOCK_TOKENS
+        bundles, seen = bundles_of(table, prompt_blocks), lengths + 1
         for index, layer in enumerate(text.layers):
             query, key, value = self._inputs(layer, hidden, cos, sin)
             keys, values = self.pool.keys[index], self.pool.values[index]
-            keys.index_copy_(0, slots, key.to(keys.dtype))
-            values.index_copy_(0, slots, value.to(values.dtype))
-            mixed = decode_attention(query, keys, values, table, lengths + 1, layer.self_attn.scaling)
+            store_tokens(keys, values, slots, key, value)
+            mixed = decode_attention(query, keys, values, table, seen, bundles, layer.self_attn.scaling)
             hidden = self._finish(layer, hidden, mixed.flatten(1))
         return self._logits(text.norm(hidden))
 
@@ -146,8 +184,31 @@ class Decoder:
         return logits
 
 
+def store_tokens(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Writes the keys and values of one token a row into a pool.
+
+    Args:
+        keys, values: (slots, G, d) of one layer, written to.
+        slots: (B,) int64; the same one twice only where nobody reads it.
+        key, value: (B, G, d).
+    """
+    if keys.is_cuda:
+        from finesight.models import decoding_kernels  # needs Triton, which only machines with a GPU have
+
+        decoding_kernels.store_tokens(keys, values, slots, key, value)
+        return
+    keys.index_copy_(0, slots, key.to(keys.dtype))
+    values.index_copy_(0, slots, value.to(values.dtype))
+
+
 def decode_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    bundles: Bundles,
+    scale: float,
 ) -> torch.Tensor:
     """Attention of one query a row to the first `lengths` tokens of its blocks.
 
@@ -155,14 +216,15 @@ def decode_attention(
         query: (B, H, d).
         keys, values: (slots, G, d) of one layer; G divides H.
         table: (B, M) int64; lengths: (B,) int64, at least 1.
+        bundles: of these rows; what they have in common is no longer than any of its rows.
 
     Returns:
         (B, H, d).
     """
     if query.is_cuda:
-        from finesight.models import decoding_kernels  # needs Triton, which only machines with a GPU have
+        from finesight.models import decoding_kernels
 
-        return decoding_kernels.decode_attention(query, keys, values, table, lengths, scale, BLOCK_TOKENS)
+        return decoding_kernels.decode_attention(query, keys, values, table, lengths, bundles, scale, BLOCK_TOKENS)
     slots = (table[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten(1)[:, : int(lengths.max())]
     seen = torch.arange(slots.shape[1]) < lengths[:, None]
     own_keys, own_values = (rows[slots].transpose(1, 2).to(query.dtype) for rows in (keys, values))

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from finesight.errors import ModelError
-from finesight.models.grouped import ALIGNMENT, product, route, to_experts, to_tokens, weighted_swiglu
+from finesight.models.grouped import ALIGNMENT, has_grouped_kernel, product, route, to_experts, to_tokens, weighted_swiglu
 from finesight.models.low_rank import compute_dtype
 from finesight.models.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -95,6 +96,12 @@ def _products(
         down, up = nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
     inner = product(rows, down, offsets)
     return base, product(inner * adapter.scaling, up.contiguous(), offsets)
+
+
+def wait_for_offsets(experts: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the host waits for the device when these experts are computed, which nothing captured in a CUDA graph can."""
+    base = experts.get_base_layer() if isinstance(experts, BaseTunerLayer) else experts
+    return not has_grouped_kernel(dtype, device, *(width for name in STACKS for width in stack_of(base, name).shape[1:]))
 
 
 class NF4Experts(nn.Module):

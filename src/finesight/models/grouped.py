@@ -161,7 +161,7 @@ def grouped_product_nf4(
 @torch.library.custom_op("finesight::grouped_outer", mutates_args=())
 def grouped_outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(S, O), (S, I) -> (E, O, I): leftᵀ right over the rows of each expert; zeros for one without rows."""
-    if _has_grouped_kernel(left, left.shape[1], right.shape[1]):
+    if has_grouped_kernel(left.dtype, left.device, left.shape[1], right.shape[1]):
         return _grouped_mm()(left.t(), right, offs=offsets).contiguous()
     out = right.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     for expert, (start, end) in enumerate(_groups(offsets)):
@@ -172,7 +172,7 @@ def grouped_outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor
 def _multiply(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(S, K), (E, K, N) -> (S, N)."""
     x = x.contiguous()
-    if _has_grouped_kernel(x, matrices.shape[1], matrices.shape[2]):
+    if has_grouped_kernel(x.dtype, x.device, matrices.shape[1], matrices.shape[2]):
         return _grouped_mm()(x, matrices, offs=offsets).contiguous()
     out = x.new_empty(x.shape[0], matrices.shape[2])
     for expert, (start, end) in enumerate(_groups(offsets)):
@@ -185,8 +185,9 @@ def _groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _has_grouped_kernel(x: torch.Tensor, *widths: int) -> bool:
-    return x.is_cuda and x.dtype is torch.bfloat16 and not any(width % ALIGNMENT for width in widths) and _capable(x.device.index)
+def has_grouped_kernel(dtype: torch.dtype, device: torch.device, *widths: int) -> bool:
+    """Whether products of such matrices are one kernel; otherwise they are a loop, for which the host waits for the offsets."""
+    return device.type == "cuda" and dtype is torch.bfloat16 and not any(width % ALIGNMENT for width in widths) and _capable(device.index)
 
 
 @lru_cache

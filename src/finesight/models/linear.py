@@ -19,15 +19,16 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from finesight.errors import ModelError
+from finesight.models.few_rows import products_without_graph
 from finesight.models.float8 import Float8Linear, float8_project
 from finesight.models.low_rank import (
     Adapter,
+    adapted_sums,
     add_bias,
     compute_dtype,
     inner_gradient,
     low_rank_gradients,
     low_rank_sum,
-    sum_with_low_rank,
 )
 from finesight.models.quantized_linear import FourBitLinear, Int8Linear, QuantizedLinear, quantized_project
 
@@ -93,7 +94,10 @@ def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
 
     Where all of them are plainly adapted, x is read once for all their A matrices (and quantised once over float8
     bases), and the gradient of x is accumulated over all their products instead of being summed from separate ones.
+    Without a graph on a GPU they are one operator, adapted or not (:mod:`finesight.models.few_rows`).
     """
+    if (parts := _parts_without_graph(layers, x)) is not None:
+        return _project_without_graph(*parts, x)
     if (products := _products_over(layers)) is not None:
         outs = products(layers, [None] * len(layers), x)
         return [add_bias(out, layer.bias, x) for layer, out in zip(layers, outs, strict=True)]
@@ -115,6 +119,40 @@ def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
         weights = [base.weight.to(rows.dtype) for base in bases]
         *outs, _ = adapted_products(rows, weights, [down for _, down, _ in operands], [up for _, _, up in operands], scalings)
     return [add_bias(out, base.bias, x) for base, out in zip(bases, outs, strict=True)]
+
+
+def _parts_without_graph(layers: Sequence[nn.Module], x: torch.Tensor) -> tuple[list[nn.Linear], list[Adapter | None]] | None:
+    """Plain bases and their adapters, where nothing needs a gradient of products on a GPU; None anywhere else."""
+    if torch.is_grad_enabled() or not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda"):
+        return None
+    bases, adapters = [], []
+    for layer in layers:
+        base, adapter = layer, None
+        if isinstance(layer, AccumulatedLinear):
+            base = layer.base_layer
+            if (name := layer.only_adapter()) is not None and not layer.drops(name):
+                adapter = Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name]))
+            elif not layer.disable_adapters or layer.merged:
+                return None
+        if type(base) is not nn.Linear or base.weight.dtype != x.dtype or base.weight.device != x.device:
+            return None
+        bases.append(base)
+        adapters.append(adapter)
+    return bases, adapters
+
+
+def _project_without_graph(bases: Sequence[nn.Linear], adapters: Sequence[Adapter | None], x: torch.Tensor) -> list[torch.Tensor]:
+    """(…, I) -> (…, O) each; adapters go in as they are stored."""
+    none = x.new_empty(0)
+    biases = [none if base.bias is None else base.bias for base in bases]
+    downs, ups, scales = [], [], []
+    if (like := next((adapter for adapter in adapters if adapter is not None), None)) is not None:
+        downs = [like.down.new_empty(0, base.in_features) if a is None else a.down for base, a in zip(bases, adapters, strict=True)]
+        ups = [like.up.new_empty(base.out_features, 0) if a is None else a.up for base, a in zip(bases, adapters, strict=True)]
+        scales = [1.0 if a is None else a.scaling for a in adapters]
+    rows = x.reshape(-1, x.shape[-1])
+    outs = products_without_graph(rows, [base.weight for base in bases], biases, downs, ups, scales)
+    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
 
 
 def _products_over(bases: Sequence[nn.Module]) -> Callable[..., list[torch.Tensor]] | None:
@@ -141,13 +179,7 @@ def adapted_products(
     Returns:
         The sums, (T, O) each, and last x Aᵀ of all layers side by side, (T, sum of r), for the backward pass.
     """
-    inner = x @ torch.cat(downs).T
-    parts = inner.split([down.shape[0] for down in downs], dim=1)
-    # The scale goes onto the narrow factor: onto the result it would be a pass over every output.
-    outs = [
-        sum_with_low_rank(x, weight, part * s if s != 1 else part, up)
-        for part, weight, up, s in zip(parts, weights, ups, scales, strict=True)
-    ]
+    outs, inner = adapted_sums(x, weights, downs, ups, scales)
     return [*outs, inner]
 
 

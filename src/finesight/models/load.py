@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from finesight.models.adapter_files import load_adapter
 from finesight.models.adapter_metadata import AdapterMetadata, read_metadata, restore_data_settings
 from finesight.models.quantize import Scheme, quantization_notes, quantize
 from finesight.models.quantized_loading import WhileLoading, adopt_bitsandbytes, stored_precision
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import PRECISION_SETTINGS, DataSettings, ModelSettings, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,12 +49,35 @@ class LoadedModel:
     dtype: torch.dtype  # of the base weights
     family: Family
     metadata: AdapterMetadata | None = None  # what the adapter, or else the model itself, was trained under, if it says
-    notes: tuple[str, ...] = ()  # what people should know of how it was loaded; also logged
+    notes: tuple[str, ...] = ()  # what people should know of how it was loaded: warnings, then facts; also logged as such
+    settings: ModelSettings | None = None  # that it was loaded with
 
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model, without the wrapping of an adapter."""
         return cast(PreTrainedModel, getattr(self.model, "get_base_model", lambda: self.model)())
+
+    def precision(self, recipe: Recipe | None = None, given: Mapping[str, Any] | None = None) -> dict[str, bool]:
+        """The bits that it was loaded in, as settings of a recipe's `model` section: what trains on it is planned, checked and
+        written down by them.
+
+        Args:
+            recipe, given: what a user asks for besides.
+
+        Raises:
+            RecipeError: it asks for other bits.
+        """
+        if self.settings is None:
+            return {}
+        present = {name: bool(getattr(self.settings, name)) for name in PRECISION_SETTINGS}
+        asked = recipe.model.model_dump(exclude_unset=True) if recipe is not None else {}
+        for name, value in (asked | dict(given or {})).items():
+            if name in present and value != present[name]:
+                raise RecipeError(
+                    f"{name} is {str(value).lower()}, but the model was loaded with {str(present[name]).lower()}. Leave it out, or load the "
+                    "model so."
+                )
+        return {name: value for name, value in present.items() if value}
 
 
 def load(
@@ -119,34 +142,41 @@ def load_model(
     """
     use_expandable_segments()
     name = checkpoint_folder(settings.name_or_path, settings.hub, settings.revision)
-    notes: list[str] = []
+    warnings: list[str] = []  # what may be worse than was meant, and what to change
+    facts: list[str] = []
     trained = settings.adapter if settings.adapter is not None else name
     metadata = read_metadata(trained)
     if metadata is not None or settings.adapter is not None:
-        data, notes = restore_data_settings(trained, data)
+        data, warnings = restore_data_settings(trained, data)
     processor = load_processor(name, data=data, revision=settings.revision)
     chosen = choose_device(device)
     dtype, dtype_note = choose_dtype(settings.dtype, chosen)
-    notes += [dtype_note] if dtype_note else []
+    warnings += [dtype_note] if dtype_note else []
     if settings.quantization != "none" and dtype == torch.float32 and chosen.type == "cuda":
-        notes.append(
+        warnings.append(
             f"model.dtype: float32 with model.load_in_{settings.quantization}: weights are dequantised to float32 for their products, which is "
             "slow and gains nothing. Leave model.dtype at auto."
         )
+    if settings.load_in_fp8 and chosen.type == "cpu":
+        warnings.append(
+            "model.load_in_fp8 on a CPU: float8 weights are dequantised at every use, which is slow. It is meant for tests and export."
+        )
     with without_library_bars(when=not sys.stderr.isatty()):
         model: Any = _load_weights(name, settings.revision, processor.family, dtype, chosen, Scheme.of(settings))
-    notes += quantization_notes(model)
+    facts += quantization_notes(model)
     if metadata is not None and metadata.quantization not in ("none", settings.quantization):
-        notes.append(
+        warnings.append(
             f"{trained} was trained over a base in {metadata.quantization}, and the base is loaded otherwise now: answers may differ a little. "
             f"Set model.load_in_{metadata.quantization}: true for the base that it knows."
         )
     model.name_or_path = settings.name_or_path
     if settings.adapter is not None:
         model = load_adapter(model, settings.adapter, is_trainable=train_adapter)
-    for note in notes:
+    for note in warnings:
         logger.warning(note)
-    return LoadedModel(model.eval(), processor, chosen, dtype, processor.family, metadata, tuple(notes))
+    for note in facts:
+        logger.info(note)
+    return LoadedModel(model.eval(), processor, chosen, dtype, processor.family, metadata, (*warnings, *facts), settings)
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -217,6 +247,13 @@ def _load_weights(
             f"{name} is stored in {stored} already and is loaded as it is: leave out model.load_in_{scheme.precision}, or use the "
             "checkpoint that it was made from."
         )
+    advice = "Fetch the checkpoint again."
+    if stored is not None and family.moe:
+        advice = (
+            "Of mixtures of experts those checkpoints are read in which bitsandbytes has quantised linear layers only, as transformers writes "
+            "them: experts and router in full precision. Use the checkpoint that this one was made from, with model.load_in_4bit: true; its "
+            "experts are quantised while they are loaded."
+        )
     loading = WhileLoading(scheme, device) if scheme is not None and stored is None else None
     try:
         model, info = model_class.from_pretrained(
@@ -236,7 +273,8 @@ def _load_weights(
         raise ModelError(_out_of_memory(name, dtype, device)) from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = loading.problems[0] if loading is not None and loading.problems else error
-        raise ModelError(f"The weights of {name} cannot be loaded as {family.label}: {reason}") from error
+        further = f" {advice}" if stored is not None and family.moe else ""
+        raise ModelError(f"The weights of {name} cannot be loaded as {family.label}: {reason}{further}") from error
     problems = [
         f"{len(info[kind])} {what} (such as {min(map(str, info[kind]))})"
         for kind, what in (
@@ -247,12 +285,10 @@ def _load_weights(
         if info.get(kind)
     ]
     if problems:
-        raise ModelError(
-            f"The weights of {name} are not those of a whole {family.label}: {'; '.join(problems)}. Fetch the checkpoint again."
-        )
+        raise ModelError(f"The weights of {name} are not those of a whole {family.label}: {'; '.join(problems)}. {advice}")
     if stored is not None:
         adopt_bitsandbytes(model, dtype)
-        if scheme is not None and (scheme.vocabulary or scheme.tower):
+        if scheme is not None and (scheme.vocabulary or scheme.tower or (scheme.experts is not None and family.moe)):
             quantize(model, replace(scheme, precision=None))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the places of matrices in full precision

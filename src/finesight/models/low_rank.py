@@ -109,6 +109,25 @@ def sum_with_low_rank(
     return add_low_rank(torch.mm(x, weight.T, out_dtype=torch.float32), left, up, out_dtype)
 
 
+def adapted_sums(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scales: Sequence[float]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """x Wᵀ + s (x Aᵀ) Bᵀ of each layer, (T, O), each sum rounded once; and x Aᵀ of all side by side, (T, sum of r). Without a graph.
+
+    Args:
+        x: (T, I).
+        weights: (O, I) each; downs: (r, I) each; ups: (O, r) each.
+    """
+    inner = x @ torch.cat(list(downs)).T
+    parts = inner.split([down.shape[0] for down in downs], dim=1)
+    # The scale goes onto the narrow factor: onto the result it would be a pass over every output.
+    outs = [
+        sum_with_low_rank(x, weight, part * s if s != 1 else part, up)
+        for part, weight, up, s in zip(parts, weights, ups, scales, strict=True)
+    ]
+    return outs, inner
+
+
 def add_low_rank(base: torch.Tensor, left: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """base + left upᵀ on a GPU, summed in float32 and rounded once; (T, O). Without a graph.
 
@@ -117,7 +136,7 @@ def add_low_rank(base: torch.Tensor, left: torch.Tensor, up: torch.Tensor, dtype
         left: (T, r); up: (O, r), strided as it likes; both of one precision.
         dtype: of the result.
     """
-    if _has_triton(base.device.index):
+    if has_triton(base.device.index):
         from finesight.models import low_rank_kernels
 
         with torch.cuda.device_of(base):
@@ -127,7 +146,7 @@ def add_low_rank(base: torch.Tensor, left: torch.Tensor, up: torch.Tensor, dtype
 
 
 @lru_cache
-def _has_triton(device_index: int) -> bool:
+def has_triton(device_index: int) -> bool:
     """Whether Triton is installed and knows this GPU (Turing and newer)."""
     return find_spec("triton") is not None and torch.cuda.get_device_capability(device_index) >= (7, 5)
 

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from finesight.data.batch import PackedBatch, Scoring
-from finesight.data.layout import AttentionLayout, TowerShape, tower_layout
+from finesight.data.layout import AttentionLayout, TowerLayout, TowerShape, tower_layout
 from finesight.errors import ModelError
+from finesight.geometry import Grid
 from finesight.models.activations import Offload, activation_policy, in_chunks, selectively
 from finesight.models.attention import forest_attention, use_forest_attention_in_tower
 from finesight.models.compilation import CompiledFunction
@@ -30,8 +31,9 @@ from finesight.models.features import FeatureCache
 from finesight.models.linear import accumulate_adapters, project
 from finesight.models.logprobs import target_logprobs, target_logprobs_and_entropies
 from finesight.models.quantized_vocabulary import Int8Head
+from finesight.models.sharding import ShardedUnit
 from finesight.models.tower import TowerPlace
-from finesight.models.vision import VisualFeatures, run_block, tower_features
+from finesight.models.vision import VisualFeatures, patch_dtype, run_block, tower_features
 
 _Function = Callable[..., torch.Tensor]
 # Is handed the number of a layer, its rotated keys and its values, (T, G, d) each.
@@ -75,8 +77,13 @@ class PackedModel(nn.Module):
         self.tower_shape = TowerShape.of(self.base.model.visual.config)
         self.tower_place = TowerPlace(self.base.model.visual, self.base)
         self.feature_cache: FeatureCache | None = None  # kept features of a frozen tower; set by whoever owns the budget
+        self.units = nn.ModuleList()  # of a model that is divided over processes
+        self._unit_of: dict[nn.Module, ShardedUnit] = {}
+        self.blank_images = False  # whether the tower computes a blank image for packs without any
+        self._blank: tuple[torch.Tensor, TowerLayout] | None = None  # its patches and their layout, once needed
         self._offload = Offload()
         self._run_layer, self._run_last, self._run_block = self._layer_functions(compile_layers, mlp_chunk_tokens, say)
+        self._decoding: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def _layer_functions(self, compiled: bool, mlp_chunk_tokens: int | None, say: Callable[[str], None]) -> tuple[_Function, ...]:
         """How a decoder layer, the last of them (never compiled: its shapes differ) and a tower block are computed."""
@@ -95,6 +102,22 @@ class PackedModel(nn.Module):
         mlp = in_chunks(CompiledFunction(run_mlp, say), mlp_chunk_tokens) if compiled else last_mlp
         run = partial(_run_halves, prepared(run_layer), mix, mlp)
         return run, partial(_run_halves, run_layer, run_attention, last_mlp), prepared(run_block)
+
+    def compiled_for_decoding(self, say: Callable[[str], None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """What lies before and after attention in a layer, compiled; the same at each call, so that every decoder of a run
+        finds what the first one compiled, or that it could not be.
+
+        Args:
+            say: is told, once, if it cannot be.
+        """
+        if self._decoding is None:
+            self._decoding = CompiledFunction(attention_inputs, say), CompiledFunction(finish_layer, say)
+        return self._decoding
+
+    def add_unit(self, unit: ShardedUnit) -> None:
+        """Lets a layer or block be computed inside the call of a unit, which gathers its weights."""
+        self.units.append(unit)
+        self._unit_of[unit.module] = unit
 
     @property
     def base(self) -> PreTrainedModel:
@@ -118,13 +141,7 @@ class PackedModel(nn.Module):
 
         Where it asks for entropies too: (2, N), log-probabilities and entropies.
         """
-        head, scoring = self.base.lm_head, batch.scoring or Scoring()
-        scale = head.scale if isinstance(head, Int8Head) else None
-        states = self.target_states(batch)
-        under: dict[str, Any] = {"scale": scale, "temperature": scoring.temperature, "forbidden": scoring.forbidden}
-        if scoring.entropies:
-            return torch.stack(target_logprobs_and_entropies(states, head.weight, batch.token, **under))
-        return target_logprobs(states, head.weight, batch.token, **under)
+        return self._within(self.base.lm_head, _score, self.target_states(batch), batch)
 
     def target_states(self, batch: PackedBatch, observe: KeysAndValues | None = None) -> torch.Tensor:
         """(N, D): the final hidden state that must give each target.
@@ -135,10 +152,13 @@ class PackedModel(nn.Module):
         text = self.base.model.language_model
         self._offload.begin()
         features = self.visual_features(batch)
-        hidden = text.embed_tokens(batch.input_ids)
+        nothing = self._nothing_of_the_tower() if self.blank_images and not batch.grids else None
+        hidden = self._within(text.embed_tokens, _look_up, batch.input_ids)
         if features is not None:
             merged = features.merged.index_select(0, batch.visual_source).to(hidden.dtype)
             hidden = hidden.index_copy(0, batch.visual_index, merged)
+        if nothing is not None:
+            hidden = hidden + nothing.to(hidden.dtype)
         cos, sin = self.rotary(batch.position_ids, hidden)
         levels = features.deepstack if features is not None else ()
         run = self._run_layer if observe is None else run_layer
@@ -190,13 +210,50 @@ class PackedModel(nn.Module):
             self.feature_cache.store(batch.item_keys, tokens, features)
         return features
 
+    def _nothing_of_the_tower(self) -> torch.Tensor:
+        """A zero that depends on all of the tower, which computes one visual token of a blank image for it."""
+        visual, merge = self.base.model.visual, self.tower_shape.merge_size
+        if self._blank is None:
+            config, grid = visual.config, Grid(1, merge, merge)
+            values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+            patches = torch.ones(grid.patches, values, dtype=patch_dtype(visual), device=self.device)
+            self._blank = patches, tower_layout([grid], self.tower_shape).to(self.device)
+        features = tower_features(visual, *self._blank, run_block=partial(self._kept, self._run_block))
+        return torch.stack([level.sum() for level in (features.merged, *features.deepstack)]).sum() * 0
+
     def _kept(self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """Runs a layer or block under the activation policy."""
+        return self._within(module, partial(self._under_policy, function), hidden, *arguments)
+
+    def _within(self, module: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """function(module, *arguments), with the module's weights gathered where they are divided."""
+        unit = self._unit_of.get(module)
+        result: torch.Tensor = function(module, *arguments) if unit is None else unit(function, *arguments)
+        return result
+
+    def _under_policy(
+        self, function: Callable[..., torch.Tensor], module: nn.Module, hidden: torch.Tensor, *arguments: Any
+    ) -> torch.Tensor:
         if self.policy in ("none", "selective") or not torch.is_grad_enabled():
             return function(module, hidden, *arguments)
         if self.policy == "offload":
             return self._offload.run(function, module, hidden, *arguments)
         return checkpoint(function, module, hidden, *arguments, use_reentrant=False)
+
+
+def _look_up(embedding: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = embedding(input_ids)
+    return hidden
+
+
+def _score(head: nn.Module, states: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """What the targets score, see :meth:`PackedModel.forward`, of their final hidden states (N, D)."""
+    scoring = batch.scoring or Scoring()
+    scale = head.scale if isinstance(head, Int8Head) else None
+    under: dict[str, Any] = {"scale": scale, "temperature": scoring.temperature, "forbidden": scoring.forbidden}
+    if scoring.entropies:
+        return torch.stack(target_logprobs_and_entropies(states, head.weight, batch.token, **under))
+    return target_logprobs(states, head.weight, batch.token, **under)
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -244,7 +301,7 @@ def run_attention(
     mixed = mixed.flatten(1)
     if rows is not None:
         mixed, hidden = mixed.index_select(0, rows), hidden.index_select(0, rows)
-    return hidden + layer.self_attn.o_proj(mixed)
+    return hidden + project([layer.self_attn.o_proj], mixed)[0]
 
 
 def attention_inputs(
@@ -263,7 +320,7 @@ def attention_inputs(
 
 def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     """What follows attention: output projection and MLP, each added to the residual stream; (T, D)."""
-    return run_mlp(layer, hidden + layer.self_attn.o_proj(mixed))
+    return run_mlp(layer, hidden + project([layer.self_attn.o_proj], mixed)[0])
 
 
 def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -286,4 +343,4 @@ def _run_mlp(mlp: nn.Module, states: torch.Tensor) -> torch.Tensor:
             return mlp.experts(states, chosen, weights)  # which leads to the same
         return run_experts(mlp.experts, states, chosen, weights)
     gate, up = project([mlp.gate_proj, mlp.up_proj], states)
-    return mlp.down_proj(mlp.act_fn(gate) * up)
+    return project([mlp.down_proj], mlp.act_fn(gate) * up)[0]

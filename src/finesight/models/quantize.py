@@ -231,14 +231,17 @@ def quantization_notes(model: nn.Module) -> list[str]:
     # Norms and biases say nothing to anybody.
     shown = [f"{part} {_gib(size)} GiB {precision}" for (part, precision), size in sizes.items() if size >= 0.005 * total]
     notes = [f"Weights take {_gib(total)} GiB: {', '.join(shown)}."]
-    if any(type(m) is Float8Linear and m.weight.device.type == "cpu" for m in owners.values()):
+    experts = {precision: size for (part, precision), size in sizes.items() if part == "experts" and "bit" not in precision}
+    for precision, size in experts.items():
         notes.append(
-            "model.load_in_fp8 on a CPU: float8 weights are dequantised at every use, which is slow. It is meant for tests and export."
+            f"Experts are fused tensors, which only model.load_in_4bit quantises: they stay in {precision}, {100 * size / total:.0f}% of all bytes."
         )
-    experts = sum(size for (part, precision), size in sizes.items() if part == "experts" and "bit" not in precision)
-    if experts:
-        notes.append(f"Experts are fused tensors and keep their precision: {100 * experts / total:.0f}% of all bytes.")
     return notes
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer of a model, wrapped by peft or not, is one of ours in fewer bits."""
+    return any(type(module) in _WORDS for module in model.modules())
 
 
 def _leaves(module: nn.Module) -> list[str]:

@@ -5,7 +5,8 @@ exchanges the layer for a quantised one at once. So a matrix in full precision e
 device where it ends up, and the peak of loading is the final size and that one tensor.
 
 Checkpoints that bitsandbytes has quantised (4-bit ones on the hub) are read by transformers' own quantizer; then each of
-its layers is exchanged for one of ours around the same tensors.
+its layers is exchanged for one of ours around the same tensors. Of a mixture of experts it quantises linear layers only; the
+fused experts are as the checkpoint has them, and come to 4 bits after loading where the recipe asks for that.
 """
 
 from __future__ import annotations

@@ -15,3 +15,16 @@ def stochastic_round(values: torch.Tensor, generator: torch.Generator | None = N
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     rounded = ((bits + noise) & -65536).view(torch.float32)
     return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
+
+
+# Values rounded at a time into weights that exist: what rounding makes is small beside a large matrix.
+SLICE_VALUES = 2**24
+
+
+def stochastic_round_into(target: torch.Tensor, values: torch.Tensor, generator: torch.Generator | None = None) -> None:
+    """:func:`stochastic_round` of float32 values into a bfloat16 tensor of their shape, slice by slice."""
+    if not (target.is_contiguous() and values.is_contiguous()):
+        target.copy_(stochastic_round(values, generator))
+        return
+    for place, some in zip(target.view(-1).split(SLICE_VALUES), values.view(-1).split(SLICE_VALUES), strict=True):
+        place.copy_(stochastic_round(some, generator))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finesight.planner.shapes import ModelShape
+from finesight.planner.shapes import ModelShape, TextShape
 from finesight.planner.sizes import PackSizes
 from finesight.recipe import TuningSettings
 
@@ -253,3 +253,28 @@ def attention_gradient_bytes(queries: int, keys: int, pack: PackSizes, rows: int
     exact = 4 * queries * (rows + rows_per_segment * pack.segments)
     repeats = 2 * keys * gathered * execution.width if execution.repeats_keys else 0
     return exact + queries * rows * execution.width + 2 * repeated * gathered * execution.width + repeats
+
+
+def mlp_backward_bytes(text: TextShape, rows: int, width: int, dequantised: int, *, float8: bool) -> int:
+    """Working memory of an MLP's backward pass, computed operation by operation, beyond what is kept of it.
+
+    The most of three moments: the product of `down`, with the gradient of what goes into it; the activation, with three gradients of the
+    MLP's width as that of its result is still there and the result is gone; the products of gate and up, whose two gradients are there, and
+    four kept tensors gone. What the products take besides, they take at their own moment.
+
+    Args:
+        width: bytes of a number.
+        dequantised: bytes of a weight brought back to that precision for its product.
+        float8: the products are computed in float8.
+    """
+    each = rows * text.mlp * width
+    down, gate_and_up = each + dequantised, dequantised - 2 * each
+    if float8:  # the gradient quantised, and the weight transposed
+        down += text.hidden * (rows + text.mlp)
+        gate_and_up += float8_gradient_bytes(text, rows)
+    return max(down, 2 * each, gate_and_up)
+
+
+def float8_gradient_bytes(text: TextShape, rows: int) -> int:
+    """Gradients of gate and up (of experts: of the queries) quantised as one row, and their weights transposed."""
+    return (text.queries if text.expert_layers else 2 * text.mlp) * (rows + text.hidden)

@@ -32,9 +32,10 @@ CHUNK_TARGETS = 1024
 VOCABULARY_BLOCK_TOKENS = 4096
 # Weights brought to float32 at a time under stochastic rounding (`training/optimizer.py` ROUNDING_CHUNK_BYTES).
 ROUNDING_CHUNK_BYTES = 256 * MIB
-# Tensors of float32 size that the random rounding of one weight makes beside it and its gradient: noise, its sum with the bits, and
-# that with the lower half cut off.
-ROUNDING_COPIES = 3
+# Values rounded at random at a time (`models/rounding.py` SLICE_VALUES), and bytes of each beside them: noise, the sum with its lower half
+# cut off, the size of the value (4 each), and three truth values of whether that is finite.
+ROUNDING_VALUES = 2**24
+ROUNDING_BYTES = 15
 
 # Working memory of one layer's backward pass beyond what is kept of it, as multiples of a row of the MLP's width and of the hidden
 # size. Counted with torch's profiler on a CPU (torch 2.13, layers of Qwen3-VL's proportions, attention replaced by a stand-in).

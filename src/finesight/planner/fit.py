@@ -1,6 +1,6 @@
 """The search for settings that fit: the activation policy, and with `--fit` token budget, quantisation and pixels.
 
-A candidate costs the predicted time of the run, made longer by what it may cost in quality (:data:`QUALITY_COST`): a setting
+A candidate costs the predicted time of the run, made longer by what it may cost besides (:data:`FURTHER_COST`): a setting
 that changes no result is taken before one that does unless it is that much slower.
 """
 
@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from finesight.planner.activations import Execution
 from finesight.planner.gpus import Gpu
@@ -22,8 +24,10 @@ from finesight.recipe import Recipe
 
 POLICIES: tuple[Policy, ...] = ("none", "selective", "full", "offload")
 BUDGETS = (1024, 2048, 4096, 8192, 12288, 16384)
-# What a setting may cost in quality, as a share of the run's time that it must save to be worth it. Our judgement, not a measurement.
-QUALITY_COST: dict[str, float] = {
+# What a setting may cost in quality, or in time that is not predicted, as a share of the run's time that it must save to be worth it.
+# Our judgement, not a measurement.
+FURTHER_COST: dict[str, float] = {
+    "training.sharding": 0.1,  # weights travel between GPUs twice a pack
     "model.load_in_fp8": 0.02,
     "model.load_in_8bit": 0.02,
     "model.load_in_4bit": 0.06,
@@ -33,7 +37,10 @@ QUALITY_COST: dict[str, float] = {
     "tuning.bf16_updates": 0.03,
     "data.max_pixels": 0.5,  # for each halving
 }
+GPU_COUNTS = (2, 4, 8)  # of one machine
 FEWEST_PIXELS = 128 * 28 * 28
+# Of the peak; a change that saves less is not worth a line.
+LEAST_SAVING = 0.01
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Situation:
 
     Attributes:
         sizes_of: the packs that a recipe gives; asked again where the token budget or the pixel limit changes.
+        processes: GPUs that train together.
         longest_sample: tokens; no smaller budget is tried.
         pixels: of the largest image where the recipe sets no limit; None: pixels are not searched.
     """
@@ -81,7 +89,7 @@ class Change:
 
     Attributes:
         settings: by dotted name.
-        cost: seconds a sample, with the share for quality.
+        cost: seconds a sample, with the share for what is not predicted.
     """
 
     settings: tuple[tuple[str, Any], ...]
@@ -110,11 +118,14 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(content)
 
 
-def as_stored(model: ModelShape, recipe: Recipe) -> Recipe:
-    """The recipe with the bits that a checkpoint's weights are stored in already."""
+def as_stored(model: ModelShape, recipe: Recipe) -> tuple[ModelShape, Recipe]:
+    """The recipe with the bits that a checkpoint's weights are stored in already.
+
+    bitsandbytes leaves fused experts as they are; only a recipe that asks for 4 bits has them quantised after loading.
+    """
     if model.stored == "none" or recipe.model.quantization != "none":
-        return recipe
-    return with_settings(recipe, {f"model.load_in_{model.stored}": True})
+        return model, recipe
+    return replace(model, plain_experts=True), with_settings(recipe, {f"model.load_in_{model.stored}": True})
 
 
 def choose_policy(situation: Situation, recipe: Recipe) -> MemoryPlan:
@@ -167,7 +178,10 @@ def remedies(situation: Situation, recipe: Recipe, count: int = 3) -> list[Chang
 
 
 def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
-    """What each setting alone would change, the largest saving first."""
+    """What each setting alone would change, the largest saving first; without those that save next to nothing.
+
+    A change of several settings of which some already save as much is left out too.
+    """
     recipe = plan.recipe
     options = _options(situation, recipe)
     singles: list[dict[str, Any]] = [{"training.gradient_checkpointing": policy} for policy in POLICIES if policy != plan.policy]
@@ -177,14 +191,20 @@ def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
     if situation.pixels:
         singles.append({"data.max_pixels": (recipe.data.max_pixels or situation.pixels) // 2})
     changes = [_change(situation, recipe, settings, plan.policy) for settings in singles]
-    return sorted((c for c in changes if c.plan.peak_bytes < plan.peak_bytes), key=lambda change: change.plan.peak_bytes)
+    least = LEAST_SAVING * plan.peak_bytes
+    worth: list[Change] = []
+    for change in sorted(changes, key=lambda change: len(change.settings)):
+        parts = [known.plan.peak_bytes for known in worth if set(known.settings) < set(change.settings)]
+        if change.plan.peak_bytes + least <= min(parts, default=plan.peak_bytes):
+            worth.append(change)
+    return sorted(worth, key=lambda change: change.plan.peak_bytes)
 
 
 def _change(situation: Situation, recipe: Recipe, settings: Mapping[str, Any], policy: Policy | None = None) -> Change:
     """A change with its plan, under `policy` where the recipe leaves it open."""
     changed = with_settings(recipe, settings)
     plan = choose_policy(situation, changed) if policy is None or policy_of(changed) is not None else situation.plan(changed, policy)
-    cost = situation.seconds_a_sample(plan) * (1 + sum(QUALITY_COST.get(name, 0) for name, value in settings.items() if value))
+    cost = situation.seconds_a_sample(plan) * (1 + sum(FURTHER_COST.get(name, 0) for name, value in settings.items() if value))
     return Change(tuple(settings.items()), changed, plan, cost)
 
 
@@ -205,6 +225,10 @@ def _changes(situation: Situation, recipe: Recipe, pixels: int | None) -> Iterat
 def _options(situation: Situation, recipe: Recipe) -> list[dict[str, Any]]:
     """Changes of precision and optimizer that suit the recipe and the card; the first is none at all."""
     options: list[dict[str, Any]] = [{}]
+    if recipe.training.sharding == "full":  # which goes with none of the others
+        return options
+    if situation.processes > 1 and (change := _sharded(recipe)) is not None:
+        options.append(change)
     if recipe.tuning.method == "lora":
         options += _quantisations(situation, recipe)
         return options
@@ -213,8 +237,34 @@ def _options(situation: Situation, recipe: Recipe) -> list[dict[str, Any]]:
         options.append({"training.optim": "paged_adamw_8bit"})
     if recipe.tuning.bf16_updates == "float32_masters" and situation.precision == "bfloat16":
         rounding = {"tuning.bf16_updates": "stochastic_rounding"}
-        options += [{**option, **rounding} for option in list(options)]
+        options += [{**option, **rounding} for option in list(options) if "training.sharding" not in option]
     return options
+
+
+def _sharded(recipe: Recipe) -> dict[str, Any] | None:
+    """The setting under which GPUs share the model; None where something in the recipe forbids it."""
+    change = {"training.sharding": "full"}
+    try:
+        with_settings(recipe, change)
+    except ValidationError:
+        return None
+    return change
+
+
+def gpus_that_fit(situation: Situation, recipe: Recipe) -> int | None:
+    """On how many such GPUs a recipe would fit if they shared the model; None: on none of :data:`GPU_COUNTS`.
+
+    Packs are taken to stay as large as they are.
+    """
+    change = _sharded(recipe)
+    if change is None:
+        return None
+    sharded = with_settings(recipe, change)
+    for count in GPU_COUNTS:
+        there = replace(situation, processes=count)
+        if count >= situation.processes and choose_policy(there, sharded).fits(situation.available_bytes):
+            return count
+    return None
 
 
 def _quantisations(situation: Situation, recipe: Recipe) -> list[dict[str, Any]]:

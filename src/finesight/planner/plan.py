@@ -18,13 +18,16 @@ from finesight.planner.activations import (
     Way,
     attention_gradient_bytes,
     decoder_layer,
+    float8_gradient_bytes,
     kept_bytes,
     mergers,
+    mlp_backward_bytes,
     second_half,
     tower_block,
 )
 from finesight.planner.rollouts import rollout_bytes
 from finesight.planner.shapes import ModelShape, Part
+from finesight.planner.sharding import SUMMED_LAST, Sharding
 from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes, largest
 from finesight.planner.weights import BYTES, Precision, TrainingBytes, largest_dequantised_bytes, training_bytes, weight_bytes
 from finesight.recipe import Recipe
@@ -57,6 +60,7 @@ class MemoryPlan:
 
     Attributes:
         peak: the moment with most allocated bytes; `peak.total` is what torch would report.
+        processes: GPUs that train together; the plan is that of each.
         context_bytes, slack_bytes: outside of what is allocated, and needed all the same.
         correction_bytes: added by a probe, the difference that it measured.
     """
@@ -68,6 +72,7 @@ class MemoryPlan:
     precision: Precision
     sizes: RunSizes
     moments: tuple[Moment, ...] = field(repr=False)
+    processes: int = 1
     context_bytes: int = measured.CONTEXT_BYTES
     slack_share: float = measured.SLACK_SHARE
     correction_bytes: int = 0
@@ -111,7 +116,6 @@ def plan_memory(
     execution: Execution | None = None,
     precision: Precision = "bfloat16",
     processes: int = 1,
-    shards: int = 1,
     rollout: RolloutSizes | None = None,
 ) -> MemoryPlan:
     """Plans the memory of one device.
@@ -119,21 +123,21 @@ def plan_memory(
     Args:
         policy: of activations; None: the recipe's, full where that is auto.
         execution: None: compiled, in this precision.
-        processes: that train side by side, each with the whole model: gradients then pass through buckets.
-        shards: devices over which weights, gradients and optimizer state are divided; each layer is gathered for its use.
+        processes: GPUs that train side by side. Each has the whole model, and gradients pass through buckets; or, as
+            `training.sharding` says, weights, gradients and optimizer state are divided over them.
         rollout: answers that are sampled between updates; None: as the sizes say.
     """
     execution = execution or Execution()
     execution = replace(execution, width=BYTES[precision])
     chosen = policy or policy_of(recipe) or "full"
-    builder = _Moments(model, recipe, sizes, chosen, execution, precision, processes, shards)
+    builder = _Moments(model, recipe, sizes, chosen, execution, precision, processes)
     moments = [moment for pack in _candidates(sizes) for moment in builder.of_pack(pack)]
     moments.append(builder.update())
     rollout = rollout or sizes.rollout
     if rollout is not None:
         sampling = rollout_bytes(model, rollout, execution.width)
         moments += [Moment(f"rollout: {name}", {**builder.resident, **parts}) for name, parts in sampling.items()]
-    return MemoryPlan(model, recipe, chosen, execution, precision, sizes, tuple(moments))
+    return MemoryPlan(model, recipe, chosen, execution, precision, sizes, tuple(moments), processes)
 
 
 def _candidates(sizes: RunSizes) -> list[PackSizes]:
@@ -158,10 +162,9 @@ class _Moments:
         execution: Execution,
         precision: Precision,
         processes: int,
-        shards: int,
     ) -> None:
         self.model, self.recipe, self.sizes, self.policy, self.execution = model, recipe, sizes, policy, execution
-        self.shards = shards
+        self.sharding = Sharding.of(model, recipe, precision, processes)
         self.training: TrainingBytes = training_bytes(model, recipe, precision)
         self.weights = weight_bytes(model, recipe.model, precision)
         self.dequantised = largest_dequantised_bytes(model, recipe.model, precision)
@@ -174,20 +177,18 @@ class _Moments:
         self.everything: Way = "compiled" if execution.compiled else "eager"
         self.products: Way = "selective" if execution.compiled else "eager_selective"
         self.releases = recipe.training.gradient_release and sizes.most_packs == 1
-        self.buckets = self.training.gradients if processes > 1 else 0
+        self.buckets = self.training.gradients if processes > 1 and self.sharding.shards == 1 else 0
         self.resident = self._resident()
 
     def _resident(self) -> dict[str, int]:
         """What stays on the device all the time."""
-        t, n = self.training, self.shards
-        parts = {f"weights: {WEIGHT_LABELS[part]}": size // n for part, size in self.weights.items()}
-        if n > 1:
-            parts["gathered layers"] = 2 * (self.weights["language_model"] // self.model.text.layers)
+        t, n = self.training, self.sharding.shards
+        parts = {f"weights: {WEIGHT_LABELS[part]}": self.sharding.at_rest(part, size) for part, size in self.weights.items()}
         parts |= {
             "adapters": t.adapters // n,
             "float32 copies of weights": t.masters // n,
             "optimizer state": t.state // n,
-            "gradient buckets": self.buckets // n,
+            "gradient buckets": self.buckets,
             "workspaces": measured.WORKSPACE_BYTES,
         }
         return {name: size for name, size in parts.items() if size}
@@ -195,48 +196,75 @@ class _Moments:
     # --- one pack -----------------------------------------------------------------------------------------------
 
     def of_pack(self, pack: PackSizes) -> Iterator[Moment]:
-        """The moments of a pack's forward and backward pass."""
+        """The moments of a pack's forward and backward pass, as the first of a step or as a later one, whichever takes more."""
         if self.execution.compiled:
             pack = replace(pack, tokens=_up(pack.tokens, measured.STEADY_TOKENS), segments=_up(pack.segments, measured.STEADY_SEGMENTS))
-        layers, tower = self.model.text.layers, self._tower_kept(pack)
-        base = {**self.resident, "packs": self._packs(pack)}
-        before = self._gradients_before()
+        packs = self.sizes.most_packs
+        # The last pack of a step has none moved ahead beside it: the next step's first one follows its backward pass.
+        situations = [list(self._of_pack(pack, ahead=min(packs - 1, measured.PACKS_AHEAD), before=0))]
+        if packs > 1:
+            ahead = min(packs - 2, measured.PACKS_AHEAD)
+            situations.append(list(self._of_pack(pack, ahead=ahead, before=self._gradients_at_rest())))
+        for same in zip(*situations, strict=True):
+            yield max(same, key=lambda moment: moment.total)
+
+    def _of_pack(self, pack: PackSizes, *, ahead: int, before: int) -> Iterator[Moment]:
+        """The moments of a pack.
+
+        Args:
+            ahead: packs that were moved to the device before their time.
+            before: bytes of gradients that earlier packs of the step left.
+        """
+        layers, tower, own = self.model.text.layers, self._tower_kept(pack), self._pack_bytes(pack)
+        base = {**self.resident, "packs": own, **({"packs moved ahead": ahead * own} if ahead else {})}
         if pack.patches:
-            yield Moment("tower, forward", {**base, "gradients": before, "activations: tower": tower + self._tower_forward(pack)})
+            gathered = self.sharding.while_used("block", forward=True)
+            yield Moment(
+                "tower, forward", {**base, **gathered, "gradients": before, "activations: tower": tower + self._tower_forward(pack)}
+            )
         kept, last = self._kept_of_others(pack), self._last_layer(pack)
         rotary = 2 * pack.tokens * self.model.text.head_size * self.execution.width
         shared = {**base, "activations: tower": tower}
         text = {**shared, "activations: language model": kept + last + rotary}
         features = 0 if self.tower_trains else self._features(pack)
+        last_forward = {"gradients": before, "visual features": features, "working memory": self._forward_working(pack)}
+        yield Moment("forward, last layer", {**text, **self.sharding.while_used("layer", forward=True), **last_forward})
+        at_head = {**text, "gradients": before}
         yield Moment(
-            "forward, last layer", {**text, "gradients": before, "visual features": features, "working memory": self._forward_working(pack)}
+            "log-probabilities", {**at_head, **self.sharding.while_used("lm_head", forward=True), "working memory": self._logprobs(pack)}
         )
-        yield Moment("log-probabilities", {**text, "gradients": before, "working memory": self._logprobs(pack)})
-        yield Moment("backward, last layer", {**text, "gradients": before, "working memory": self._last_backward(pack)})
+        yield Moment(
+            "backward, last layer", {**at_head, **self.sharding.while_used("lm_head"), "working memory": self._last_backward(pack)}
+        )
+        if self.recipe.training.gradient_release and self._head_trains_alone():
+            # In a step's last pack; the head is the first weight whose gradient is complete.
+            released = {"gradients": max(before, self.training.largest_gradient), "working memory": self.training.step}
+            yield Moment("update of the head, backward", {**text, **released})
         one, working = self._layer_again(pack), self._layer_backward(pack)
-        top, bottom = self._gradients_at_top(before), self._gradients_in_full()
+        top, bottom = self._gradients_at_top(before), self._gradients_in_full(before)
         if layers > 1:
-            remaining = {**shared, "activations: language model": kept + one + rotary}
-            yield Moment("backward, upper layer", {**remaining, "gradients": top, "working memory": working})
+            layer = {**shared, **self.sharding.while_used("layer"), "working memory": working}
+            yield Moment("backward, upper layer", {**layer, "activations: language model": kept + one + rotary, "gradients": top})
             lowest = self._kept_of_one(pack) + one + rotary
-            yield Moment(
-                "backward, lowest layer", {**shared, "activations: language model": lowest, "gradients": bottom, "working memory": working}
-            )
+            yield Moment("backward, lowest layer", {**layer, "activations: language model": lowest, "gradients": bottom})
         if self.tower_trains and pack.patches:
-            yield Moment("backward, tower", {**shared, "gradients": bottom, "working memory": self._tower_backward(pack)})
+            block = {**shared, **self.sharding.while_used("block")}
+            yield Moment("backward, tower", {**block, "gradients": bottom, "working memory": self._tower_backward(pack)})
+        if self.sharding.shards > 1:
+            for unit in SUMMED_LAST:
+                yield Moment(f"gradients of the {unit}", {**base, **self.sharding.while_used(unit), "gradients": bottom})
 
-    def _packs(self, pack: PackSizes) -> int:
-        """Bytes of this pack and of those moved ahead of their use."""
+    def _pack_bytes(self, pack: PackSizes) -> int:
+        """Bytes of a pack on the device."""
         v = self.model.vision
         patch = v.patch_values * self.execution.patch_bytes + 2 * 8 + (4 * 12 if v.positions else 0)
-        each = (
+        return (
             pack.total_patches * patch
             + pack.tokens * (8 + 3 * 8)
             + 28 * pack.targets
             + 16 * pack.visual_tokens(self.model)
             + 8 * pack.gathered_keys
         )
-        return each * (1 + min(self.sizes.most_packs - 1, measured.PACKS_AHEAD))
 
     def _features(self, pack: PackSizes) -> int:
         v = self.model.vision
@@ -337,28 +365,28 @@ class _Moments:
         return t.experts_per_token * (t.expert_mlp + t.hidden)
 
     def _layer_backward(self, pack: PackSizes) -> int:
-        """Working memory of one layer's backward pass."""
+        """Working memory of one layer's backward pass beyond what is kept of the layer."""
         t, w = self.model.text, self.execution.width
-        if not self.execution.compiled:
-            mlp, hidden = measured.BACKWARD_EAGER
-        else:
-            mlp, hidden = measured.BACKWARD_SELECTIVE if self.policy == "selective" else measured.BACKWARD_COMPILED
         rows, again = pack.tokens, 0
         chunk = self.recipe.training.mlp_chunk_tokens
-        if chunk is not None and chunk < rows and self.expert_layer is None:  # experts are never computed in chunks
+        chunked = chunk is not None and chunk < rows and self.expert_layer is None  # experts are never computed in chunks
+        if chunk is not None and chunked:
             rows = chunk
-            table = second_half(self.model, self.recipe.tuning, self.execution)
-            again = kept_bytes(table, self.everything, rows=rows)
-        through_mlp = again + int(rows * mlp * self._mlp_width() * w + pack.tokens * hidden * t.hidden * w)
+            again = kept_bytes(second_half(self.model, self.recipe.tuning, self.execution), self.everything, rows=rows)
         attention = attention_gradient_bytes(t.queries, t.keys, pack, pack.tokens, self.execution, measured.ATTENTION_ROWS_PER_SEGMENT)
-        return max(through_mlp + self._float8_working(pack), attention) + self.dequantised
-
-    def _float8_working(self, pack: PackSizes) -> int:
-        """Gradients of gate and up quantised as one row, and both weights transposed."""
-        if self.recipe.model.quantization != "fp8":
-            return 0
-        t = self.model.text
-        return 2 * t.mlp * (pack.tokens + t.hidden) if not t.expert_layers else t.queries * (pack.tokens + t.hidden)
+        float8 = self.recipe.model.quantization == "fp8"
+        if not self.execution.compiled and self.expert_layer is None:
+            # Operation by operation, and each lets go of what was kept for it: of the layer's second half nothing is left by the time of
+            # attention.
+            if not chunked:
+                attention -= kept_bytes(second_half(self.model, self.recipe.tuning, self.execution), "eager", rows=rows)
+            outside = again + pack.tokens * t.hidden * w  # with the gradient of the layer's output
+            return max(outside + mlp_backward_bytes(t, rows, w, self.dequantised, float8=float8), attention)
+        # One function goes backward through the whole layer, and what is kept of it stays to the end. Layers of experts too are counted so.
+        by_policy = measured.BACKWARD_SELECTIVE if self.policy == "selective" else measured.BACKWARD_COMPILED
+        mlp, hidden = by_policy if self.execution.compiled else measured.BACKWARD_EAGER
+        through_mlp = again + int(rows * mlp * self._mlp_width() * w + pack.tokens * hidden * t.hidden * w)
+        return max(through_mlp + (float8_gradient_bytes(t, rows) if float8 else 0), attention) + self.dequantised
 
     def _forward_working(self, pack: PackSizes) -> int:
         """Working memory of a layer's forward pass: base products are held in float32 until the adapter's part is added.
@@ -381,7 +409,7 @@ class _Moments:
         again = 0
         if self.policy in ("full", "offload"):
             again = self._layer_kept("eager", pack, experts=self.expert_layer is not None, outputs=rows)
-        return again + max(through_mlp, attention) + self.dequantised
+        return again + max(through_mlp + self.dequantised, attention)
 
     def _logprobs(self, pack: PackSizes) -> int:
         """Working memory of the targets' log-probabilities in the backward pass, as `models/logprobs.py` computes them.
@@ -402,36 +430,36 @@ class _Moments:
 
     # --- gradients and the update -------------------------------------------------------------------------------
 
-    def _gradients_before(self) -> int:
-        """Gradients that earlier packs of the step left."""
-        if self.sizes.most_packs == 1:
-            return 0
-        return self._gradients_at_rest()
-
     def _gradients_at_rest(self) -> int:
         """All gradients between two packs."""
         t = self.training
-        return (t.collected or t.gradients) // self.shards
+        return self.sharding.gradients_of(t.collected or t.gradients, root_is_there=False)
 
     def _gradients_at_top(self, before: int) -> int:
         """As the backward pass leaves the uppermost layers: the vocabulary matrix's gradient, where it trains, is there."""
         if self.releases or self.recipe.tuning.method != "full" or not self.recipe.tuning.finetune_language_layers:
             return before
         t = self.model.text
-        return max(before, before + t.vocabulary * t.hidden * self.execution.width // self.shards)
+        size = t.vocabulary * t.hidden * self.execution.width
+        return before + (size if t.tied else size // self.sharding.shards)
 
-    def _gradients_in_full(self) -> int:
-        """At the end of the backward pass: this pack's beside those collected before."""
+    def _gradients_in_full(self, before: int) -> int:
+        """At the end of the backward pass: this pack's, beside those collected before."""
         if self.releases:  # in the only backward pass of the step; with several packs only the last one can
             return self.training.largest_gradient
-        t = self.training
-        collected = t.collected if self.sizes.most_packs > 1 else 0
-        return (collected + t.gradients) // self.shards
+        left = before if self.training.collected else 0
+        return self.sharding.gradients_of(self.training.gradients, root_is_there=True) + left
+
+    def _head_trains_alone(self) -> bool:
+        """Whether the vocabulary matrix of the logits trains, and is not the embedding's too."""
+        return self.recipe.tuning.method == "full" and self.recipe.tuning.finetune_language_layers and "lm_head" in self.weights
 
     def update(self) -> Moment:
-        """The optimizer's step."""
+        """The optimizer's step; the first pack of the next step is moved meanwhile."""
         gradients = self.training.largest_gradient if self.recipe.training.gradient_release else self._gradients_at_rest()
-        return Moment("update", {**self.resident, "gradients": gradients, "working memory": self.training.step})
+        ahead = max(self._pack_bytes(pack) for pack in self.sizes.packs)
+        parts = {"packs moved ahead": ahead, "gradients": gradients, "working memory": self.training.step}
+        return Moment("update", {**self.resident, **parts})
 
 
 def _up(value: int, multiple: int) -> int:

@@ -93,6 +93,7 @@ class ModelShape:
     vision: VisionShape
     source: str = ""
     stored: Literal["none", "4bit", "8bit"] = "none"
+    plain_experts: bool = False  # they are in full precision whatever the recipe says of the language model
 
     @property
     def attention_has_norms(self) -> bool:
@@ -109,6 +110,7 @@ class Parameter:
     shape: tuple[int, ...]
     count: int
     kind: Kind = "other"  # of linear layers: which; "other": norms, biases, tables, the router
+    plain: bool = False  # never in fewer bits
 
     @property
     def numel(self) -> int:
@@ -153,7 +155,7 @@ def _text_parameters(model: ModelShape) -> Iterator[Parameter]:
     if t.expert_layers:
         stacks = (("gate_up_proj", (t.experts, 2 * t.expert_mlp, t.hidden)), ("down_proj", (t.experts, t.hidden, t.expert_mlp)))
         for name, shape in stacks:
-            yield Parameter(f"{layer}.mlp.experts.{name}", "language_model", shape, t.expert_layers, "experts")
+            yield Parameter(f"{layer}.mlp.experts.{name}", "language_model", shape, t.expert_layers, "experts", plain=model.plain_experts)
         yield Parameter(f"{layer}.mlp.gate.weight", "language_model", (t.experts, t.hidden), t.expert_layers)
     yield Parameter(f"{root}.norm.weight", "language_model", (t.hidden,), 1)
 

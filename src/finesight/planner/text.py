@@ -13,8 +13,10 @@ from rich.text import Text
 from finesight.planner.calibration import GIB
 from finesight.planner.fit import Change
 from finesight.planner.plan import MemoryPlan
+from finesight.planner.weights import matrices_by_storage
 
 BAR_COLUMNS = 36
+_FORMS = {"fp8": "8-bit float", "8bit": "8-bit integer", "4bit": "4-bit (NF4)"}  # others: the precision that the base computes in
 _LEAST_SHOWN = 0.001  # of what is needed; smaller parts are added up
 
 
@@ -35,8 +37,14 @@ def parts_of(plan: MemoryPlan) -> list[tuple[str, int]]:
     return shown
 
 
-def render(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Change], *, gpu_name: str = "") -> RenderableType:
-    """Everything that `finesight plan` prints."""
+def render(
+    plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Change], *, gpu_name: str = "", gpus: int | None = None
+) -> RenderableType:
+    """Everything that `finesight plan` prints.
+
+    Args:
+        gpus: on so many of these it would fit if they shared the model.
+    """
     full = max(plan.needed_bytes, available_bytes or 0)
     table = Table.grid(padding=(0, 2))
     table.add_column()
@@ -51,10 +59,13 @@ def render(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Chan
     table.add_row("allocator slack", gib(plan.slack_bytes), "")
     lines: list[RenderableType] = [Text(line) for line in heading(plan)]
     lines += [Text(), table, Text(), verdict(plan, available_bytes, gpu_name)]
+    lines += [Text(more_gpus(gpus))] if gpus is not None else []
     if changes:
         lines += [Text(), Text("What would change it most:")]
-        for change in changes:
-            lines.append(Text(f"  peak {gib(change.plan.peak_bytes):>10} with {change}", no_wrap=True, overflow="ignore"))
+        ways = Table.grid(padding=(0, 1))
+        for change in changes:  # settings are wrapped between one another, never cut
+            ways.add_row(Text(f"  peak {gib(change.plan.peak_bytes):>10} with"), Text(str(change), overflow="fold"))
+        lines.append(ways)
     return Group(*lines)
 
 
@@ -62,15 +73,28 @@ def heading(plan: MemoryPlan) -> list[str]:
     """What was planned, in words."""
     recipe, model = plan.recipe, plan.model
     method = "full tuning" if recipe.tuning.method == "full" else f"LoRA, r={recipe.tuning.r}"
-    base = {"none": plan.precision, "fp8": "8-bit float", "8bit": "8-bit integer", "4bit": "4-bit (NF4)"}[recipe.model.quantization]
+    base = _FORMS.get(recipe.model.quantization, plan.precision)
     compiled = "compiled" if plan.execution.compiled else "not compiled"
+    kept = []
+    if recipe.model.quantization != "none":
+        forms = matrices_by_storage(model, recipe.model)
+        named = [f"{_FORMS.get(form, plan.precision)}: {', '.join(names)}" for form, names in sorted(forms.items())]
+        kept = [f"Kept in {'; in '.join(named)}"]
     return [
-        f"{model.name}: {method} on a {base} base; dimensions from {model.source or 'its configuration'}",
+        f"{model.name}: {method} on a base in {base}; dimensions from {model.source or 'its configuration'}",
+        *kept,
         f"Activations: {plan.policy}, layers {compiled}. Packs: {plan.sizes.source or 'of the data'}; the largest has "
         f"{max(pack.tokens for pack in plan.sizes.packs):,} tokens, {max(pack.total_patches for pack in plan.sizes.packs):,} patches, "
         f"{max(pack.targets for pack in plan.sizes.packs):,} targets",
+        *([_on_each(plan)] if plan.processes > 1 else []),
         f"Peak at: {plan.peak.name}",
     ]
+
+
+def _on_each(plan: MemoryPlan) -> str:
+    if plan.recipe.training.sharding == "full":
+        return f"On each of {plan.processes} GPUs, which share the model (training.sharding: full; counted, not measured)"
+    return f"On each of {plan.processes} GPUs, which have all of the model each (training.sharding: none)"
 
 
 def verdict(plan: MemoryPlan, available_bytes: int | None, gpu_name: str = "") -> Text:
@@ -84,11 +108,21 @@ def verdict(plan: MemoryPlan, available_bytes: int | None, gpu_name: str = "") -
     return Text(f"Does not fit: {needed}, {gib(available_bytes)}{where} are there.", style="bold red")
 
 
-def refusal(plan: MemoryPlan, available_bytes: int, ways: Sequence[Change]) -> str:
-    """Why a run is not begun, and the cheapest remedies."""
+def more_gpus(count: int) -> str:
+    """What a plan says that does not fit as it is."""
+    return f"On {count} such GPUs it fits with training.sharding=full, which divides the model over them."
+
+
+def refusal(plan: MemoryPlan, available_bytes: int, ways: Sequence[Change], gpus: int | None = None) -> str:
+    """Why a run is not begun, and the cheapest remedies.
+
+    Args:
+        gpus: on so many of these it would fit if they shared the model; None: not known.
+    """
     lines = [
         f"This run is planned to need {gib(plan.needed_bytes)} of GPU memory (peak {gib(plan.peak_bytes)} at: {plan.peak.name}), and "
-        f"{gib(available_bytes)} are there."
+        f"{gib(available_bytes)} are there.",
+        *([] if gpus is None else [more_gpus(gpus)]),
     ]
     if ways:
         lines.append("The cheapest remedies:")
@@ -108,6 +142,8 @@ def to_dict(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Cha
         "dimensions_from": plan.model.source,
         "policy": plan.policy,
         "compiled": plan.execution.compiled,
+        "gpus": plan.processes,
+        "sharding": plan.recipe.training.sharding,
         "packs_from": plan.sizes.source,
         "peak_moment": plan.peak.name,
         "peak_bytes": plan.peak_bytes,
@@ -122,6 +158,13 @@ def to_dict(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Cha
     }
 
 
-def show(console: Console, plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Change], gpu_name: str = "") -> None:
+def show(
+    console: Console,
+    plan: MemoryPlan,
+    available_bytes: int | None,
+    changes: Sequence[Change],
+    gpu_name: str = "",
+    gpus: int | None = None,
+) -> None:
     """Prints a plan."""
-    console.print(render(plan, available_bytes, changes, gpu_name=gpu_name))
+    console.print(render(plan, available_bytes, changes, gpu_name=gpu_name, gpus=gpus))

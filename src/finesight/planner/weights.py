@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from finesight.planner.calibration import ROUNDING_CHUNK_BYTES, ROUNDING_COPIES
+from finesight.planner.calibration import ROUNDING_BYTES, ROUNDING_CHUNK_BYTES, ROUNDING_VALUES
 from finesight.planner.shapes import ModelShape, Parameter, Part, parameters
 from finesight.recipe import ModelSettings, Recipe, TuningSettings
 
@@ -23,6 +23,7 @@ NF4_TABLES_BYTES = 4 * 256 + 4  # the code of the scales and their offset, of ea
 # bitsandbytes: smaller tensors keep float32 state; blocks of 256 share a float32 scale in each of the two moments.
 ADAM_8BIT_FROM, ADAM_8BIT_BLOCK = 4096, 256
 PAGED_FROM = 100_000  # smaller state stays on the device
+_MATRICES = {"mlp": "MLP"}
 _OUTSIDE_MUON = ("embed_tokens", "lm_head", "pos_embed", "patch_embed")
 
 
@@ -49,8 +50,22 @@ def storage_of(parameter: Parameter, settings: ModelSettings) -> Literal["plain"
     if not parameter.is_matrix or (parameter.part in ("tower", "merger") and not settings.quantize_tower):
         return "plain"
     if parameter.kind == "experts":  # fused stacks: only the 4-bit path keeps them smaller
-        return "4bit" if kind == "4bit" else "plain"
+        return "4bit" if kind == "4bit" and not parameter.plain else "plain"
     return kind
+
+
+def matrices_by_storage(model: ModelShape, settings: ModelSettings) -> dict[str, list[str]]:
+    """Which matrices of a model the base keeps in which form, in words; forms as :func:`storage_of` names them."""
+    found: dict[str, list[str]] = {}
+    for parameter in parameters(model):
+        if not parameter.is_matrix and parameter.kind != "vocabulary":
+            continue
+        in_layers = parameter.part == "language_model" and parameter.kind in ("attention", "mlp")
+        name = parameter.kind if in_layers or parameter.kind in ("experts", "vocabulary") else parameter.part
+        names = found.setdefault(storage_of(parameter, settings), [])
+        if (word := _MATRICES.get(name, name)) not in names:
+            names.append(word)
+    return found
 
 
 def _bytes_in(form: str, shape: tuple[int, ...], width: int) -> int:
@@ -171,9 +186,9 @@ def training_bytes(model: ModelShape, recipe: Recipe, precision: Precision) -> T
     masters = recipe.tuning.bf16_updates == "float32_masters"
     largest_rounded = max((x.numel for x in rounded), default=0)
     step = 0
-    if rounded and not masters:  # a chunk of weights and gradients in float32, and what rounding one of them makes
+    if rounded and not masters:  # a chunk of weights and gradients in float32; then what rounding makes in place of the gradients
         chunk = max(ROUNDING_CHUNK_BYTES, 4 * largest_rounded)
-        step = 2 * chunk + ROUNDING_COPIES * 4 * largest_rounded
+        step = chunk + max(chunk, ROUNDING_BYTES * min(ROUNDING_VALUES, largest_rounded))
     if recipe.training.optim == "muon":
         step += 10 * max((x.numel for x in t if _takes_muon(x)), default=0)  # a float32 update and three bf16 matrices of its size
     if any(x.width < 4 for x in t) and masters and recipe.training.gradient_release:

@@ -25,13 +25,14 @@ from torch import nn
 
 from finesight.data.batch import PackedBatch, build_batch
 from finesight.data.pack import pack_step
-from finesight.data.pixels import visual_patches
+from finesight.data.pixels import patches_side_by_side
 from finesight.data.processor import Processor
 from finesight.data.sample import Sample
 from finesight.errors import GrammarError, ModelError
+from finesight.models.compilation import CompiledFunction
 from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, block_bytes
 from finesight.models.packed import PackedModel
-from finesight.sampling.drawing import uniform_draws
+from finesight.sampling.drawing import Draw, draw, uniform_draws
 from finesight.sampling.requests import Answer, EngineSize, Lane, Request, Token, asked_of, blocks_for
 from finesight.sampling.rows import MOST_TOP_LOGPROBS, Drawn, Flight, Rows, StepKind
 from finesight.sampling.text import TextStream, decode
@@ -67,9 +68,9 @@ class DecodingEngine:
 
     Args:
         packed: on the device that it is to run on, in evaluation mode (see :func:`answering`) whenever `step` is called.
-        forbidden: ids that are never drawn.
+        forbidden: ids that are never drawn; None: those of images and videos.
         use_adapter: puts an adapter to work by its name; None: the model is used as it is, whatever requests name.
-        compile_layers: compile what surrounds attention in a decoding step.
+        compile_layers: compile what surrounds attention in a decoding step, and drawing.
         say: is told if that fails.
     """
 
@@ -79,6 +80,7 @@ class DecodingEngine:
         processor: Processor,
         size: EngineSize,
         *,
+        forbidden: Sequence[int] | None = None,
         use_adapter: Callable[[str | None], None] | None = None,
         compile_layers: bool = False,
         say: Callable[[str], None] = lambda text: None,
@@ -86,10 +88,11 @@ class DecodingEngine:
         self.packed, self.processor, self.size = packed, processor, size
         self.device = packed.device
         self.stop_ids = stop_ids(processor)
-        self.forbidden = (processor.image_token_id, processor.video_token_id)
+        self.forbidden = (processor.image_token_id, processor.video_token_id) if forbidden is None else tuple(forbidden)
         text_config = packed.base.config.text_config
         self.pool = KeyValuePool(text_config, size.blocks, packed.compute_dtype, self.device)
         self.decoder = Decoder(packed, self.pool, compile_layers=compile_layers, say=say)
+        self.draw_tokens: Callable[..., Draw] = CompiledFunction(draw, say, what="Draws") if compile_layers else draw
         self._vocabulary: int = text_config.vocab_size
         self._use_adapter = use_adapter
         self._lanes: dict[str | None, Lane] = {}
@@ -99,6 +102,7 @@ class DecodingEngine:
         self._arrivals = 0
         self._refused: Request | None = None  # the oldest one that the pool had no room for; later ones do not overtake it
         self._flying: tuple[Lane, Flight] | None = None
+        self._captures = self.decoder.can_be_captured
         self._graphs: dict[tuple[str | None, int, StepKind], torch.cuda.CUDAGraph] = {}
 
     @property
@@ -185,7 +189,8 @@ class DecodingEngine:
         if lane is None:
             size = self.size
             forbidden = torch.tensor(sorted(self.forbidden), device=self.device)
-            rows = Rows(size.rows, blocks_for(size.length_tokens), size.completion_tokens, self._vocabulary, self.device, forbidden)
+            blocks = blocks_for(size.length_tokens)
+            rows = Rows(size.rows, blocks, size.completion_tokens, self._vocabulary, self.device, forbidden, self.draw_tokens)
             lane = self._lanes[adapter] = Lane(adapter, rows, [None] * size.rows)
             self._turn.append(lane)
         return lane
@@ -253,7 +258,7 @@ class DecodingEngine:
     def _prefill(self, requests: Sequence[Request]) -> None:
         batch, order = self._batch([request.sample for request in requests])
         slots = np.concatenate([_slots(requests[index].blocks, len(requests[index].sample)) for index in order])
-        logits = self.decoder.prefill(batch, torch.from_numpy(slots).to(self.device))
+        logits = self.decoder.prefill(batch, torch.from_numpy(slots).to(self.device, non_blocking=True))
         for index, row in zip(order, logits, strict=True):
             requests[index].logits = row
 
@@ -262,13 +267,15 @@ class DecodingEngine:
         total = sum(len(sample) for sample in samples)
         (plan,) = pack_step(samples, token_budget=total, share=False)
         cache = self.packed.feature_cache
-        keys = [item.key for sample in samples for item in sample.visual_items]
+        items = {item.key: item for sample in samples for item in sample.visual_items}
+        stored = frozenset() if cache is None else frozenset(cache.known(dict.fromkeys(items)))
+        patches = patches_side_by_side([item for key, item in items.items() if key not in stored], self.processor)
         batch = build_batch(
             plan,
-            lambda item: visual_patches(item, self.processor),
+            lambda item: patches[item.key],
             self.processor.layout.merge_size,
             tower=self.packed.tower_shape,
-            stored=frozenset() if cache is None else frozenset(cache.known(dict.fromkeys(keys))),
+            stored=stored,
         )
         order = [tree.segments[0].samples[0] for tree in plan.trees]
         ends = np.cumsum([len(plan.samples[index]) for index in order]) - 1
@@ -316,7 +323,7 @@ class DecodingEngine:
         """One step of every row of a lane, started."""
         last = max(row for row, answer in enumerate(lane.answers) if answer is not None)
         kind = asked_of([answer for answer in lane.answers if answer is not None])
-        if self.device.type == "cuda":
+        if self._captures:
             self._run_graph(lane, min(len(lane.answers), 1 << last.bit_length()), kind)
         else:
             lane.rows.step(self.decoder, last + 1, kind)

@@ -8,7 +8,7 @@ of training changes nothing about the training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -34,6 +34,7 @@ class ForkingSampler:
         model: on the device that it is to run on. It may be in the middle of training: its mode is put back.
         image_first: as in training; moves images of a leading user turn ahead of its text.
         grammar: that every answer follows.
+        forbidden: further ids that are never drawn; with those that end an answer, every answer has its full length.
         compile_layers: compile what surrounds attention in a decoding step.
         say: is told if that fails.
     """
@@ -45,6 +46,7 @@ class ForkingSampler:
         *,
         image_first: bool = False,
         grammar: Grammar | None = None,
+        forbidden: Collection[int] = (),
         compile_layers: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -53,7 +55,7 @@ class ForkingSampler:
         self.compile_layers, self.say = compile_layers, say
         self._encoder = Encoder(processor, image_first=image_first)
         self.stop_ids = stop_ids(processor)
-        self.forbidden = (processor.image_token_id, processor.video_token_id)
+        self.forbidden: tuple[int, ...] = (processor.image_token_id, processor.video_token_id, *forbidden)
 
     def generate(
         self,
@@ -76,6 +78,9 @@ class ForkingSampler:
         """
         samples = [self._encoder.encode_prompt(prompt) for prompt in prompts]
         return self.generate_samples(samples, settings, on_progress, places=places)
+
+    def refresh(self, step: int) -> None:
+        """Nothing needs to be done: completions are drawn from the model in training itself."""
 
     def generate_samples(
         self,
@@ -115,6 +120,7 @@ class _Run:
             sampler.packed,
             sampler.processor,
             EngineSize(rows, length, settings.max_completion_length, blocks),
+            forbidden=sampler.forbidden,
             compile_layers=sampler.compile_layers,
             say=sampler.say,
         )
@@ -137,6 +143,7 @@ class _Run:
             left[index] -= 1
 
         for index, (sample, place) in enumerate(zip(self.samples, self.places, strict=True)):
+            place = self.settings.first_place + place
             self.engine.submit(Request(sample, self.settings, place=place, grammar=self.grammar, on_end=partial(end, index)))
         while len(self.done) < self.num_answers:
             self.engine.step()

@@ -5,7 +5,7 @@ Shapes: B rows, M blocks of a row's table, S most tokens of an answer, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from finesight.models.decoding import BLOCK_TOKENS, Decoder
-from finesight.sampling.drawing import RowSettings, draw_from_all
+from finesight.sampling.drawing import Draw, RowSettings, draw, kept_tokens, likeliest_tokens, scores_of, unpacked
 from finesight.sampling.types import SamplingSettings
 
 # Alternatives to a drawn token that can be asked for; what OpenAI's interface offers.
@@ -46,14 +46,25 @@ class Rows:
     Args:
         rows: B; blocks: M; steps: S; vocabulary: V.
         forbidden: ids that are never drawn.
+        draw_tokens: `drawing.draw`, compiled or not.
     """
 
-    def __init__(self, rows: int, blocks: int, steps: int, vocabulary: int, device: torch.device, forbidden: torch.Tensor) -> None:
+    def __init__(
+        self,
+        rows: int,
+        blocks: int,
+        steps: int,
+        vocabulary: int,
+        device: torch.device,
+        forbidden: torch.Tensor,
+        draw_tokens: Callable[..., Draw] = draw,
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tokens, self.positions, self.lengths, self.steps = (zeros(rows) for _ in range(4))
         self.table = zeros(rows, blocks)
+        self.prompt_blocks = zeros(rows)  # at the front of a row's table, in common with other answers to its prompt
         self.uniform = zeros(rows, steps, dtype=torch.float64)
         self.logprobs = zeros(rows, dtype=torch.float32)
         self.settings = RowSettings.empty(rows, device)
@@ -61,12 +72,14 @@ class Rows:
         self.top_tokens, self.top_logprobs = zeros(rows, self.top), zeros(rows, self.top, dtype=torch.float32)
         self.seen: torch.Tensor | None = None  # (B, V) bool, once a row has a penalty
         self.allowed: torch.Tensor | None = None  # (B, ceil(V / 32)) int32, bits of what grammars let rows draw, once a row has one
-        self.forbidden, self.vocabulary, self.device = forbidden, vocabulary, device
+        self.landings: list[tuple[torch.Tensor, ...]] = []  # pinned memory that flights have left: allocating it anew costs time
+        self.forbidden, self.vocabulary, self.device, self.draw_tokens = forbidden, vocabulary, device, draw_tokens
 
     def clear(self, row: int) -> None:
         """An idle row: it goes on in the idle block, read by nobody."""
         self.lengths[row] = 0
         self.table[row] = 0
+        self.prompt_blocks[row] = 0
 
     def fill(
         self, row: int, prompt: np.ndarray, next_position: int, blocks: list[int], settings: SamplingSettings, uniform: np.ndarray
@@ -79,15 +92,17 @@ class Rows:
             uniform: numbers that decide its tokens, one each, at most S.
         """
         self.settings.write(row, settings)
-        self.uniform[row, : len(uniform)] = torch.from_numpy(uniform).to(self.device)
+        # Without waiting: a step may be under way. Ordinary memory is read before the call returns.
+        self.uniform[row, : len(uniform)].copy_(torch.from_numpy(uniform), non_blocking=True)
         table = torch.zeros(self.table.shape[1], dtype=torch.int64)
         table[: len(blocks)] = torch.tensor(blocks)
-        self.table[row] = table.to(self.device)
+        self.table[row].copy_(table, non_blocking=True)
         if settings.repetition_penalty != 1:
             if self.seen is None:
                 self.seen = torch.zeros(len(self.tokens), self.vocabulary, dtype=torch.bool, device=self.device)
             self.seen[row] = False
-            self.seen[row, torch.from_numpy(np.unique(prompt)).to(self.device)] = True
+            self.seen[row, torch.from_numpy(np.unique(prompt)).to(self.device, non_blocking=True)] = True
+        self.prompt_blocks[row] = len(prompt) // BLOCK_TOKENS
         self.steps[row], self.lengths[row], self.positions[row] = 1, len(prompt), next_position
 
     def allow(self, row: int, bits: np.ndarray | None) -> None:
@@ -104,13 +119,14 @@ class Rows:
 
     def draw_first(self, begun: list[int], logits: torch.Tensor, kind: StepKind) -> None:
         """The first tokens of rows, from what followed their prompts: (len(begun), V)."""
-        index = torch.tensor(begun, device=self.device)
+        index = torch.tensor(begun).to(self.device, non_blocking=True)
         seen = self.seen[index] if kind.penalises and self.seen is not None else None
         self._draw(index, logits, self.uniform[index, 0], seen, kind)
 
     def step(self, decoder: Decoder, count: int, kind: StepKind) -> None:
         """One more token of each of the first rows."""
-        logits = decoder.step(self.tokens[:count], self.positions[:count], self.lengths[:count], self.table[:count])
+        state = (self.tokens, self.positions, self.lengths, self.table, self.prompt_blocks)
+        logits = decoder.step(*(values[:count] for values in state))
         seen = None
         if kind.penalises and self.seen is not None:
             seen = self.seen[:count].scatter_(1, self.tokens[:count, None], True)
@@ -125,12 +141,21 @@ class Rows:
     def _draw(
         self, where: slice | torch.Tensor, logits: torch.Tensor, uniform: torch.Tensor, seen: torch.Tensor | None, kind: StepKind
     ) -> None:
+        """Writes what rows draw.
+
+        Args:
+            logits: (B, V), nobody else's; those of tokens that must not be drawn are overwritten.
+        """
         settings = self.settings.of(where)
-        allowed = self.allowed[where] if kind.constrained and self.allowed is not None else None
-        token, logprobs = draw_from_all(logits, uniform, settings, self.forbidden, seen=seen, allowed=allowed, truncate=kind.truncates)
-        self.tokens[where], self.logprobs[where] = token, logprobs.gather(1, token[:, None]).squeeze(1)
-        if kind.alternatives:
-            self.top_logprobs[where], self.top_tokens[where] = logprobs.topk(self.top, dim=-1)
+        logits.index_fill_(1, self.forbidden, -torch.inf)
+        if kind.constrained and self.allowed is not None:
+            logits.masked_fill_(~unpacked(self.allowed[where], self.vocabulary), -torch.inf)
+        scores = scores_of(logits, settings, seen) if kind.truncates or kind.alternatives else None
+        kept = kept_tokens(scores, settings) if kind.truncates and scores is not None else None
+        drawn = self.draw_tokens(logits, uniform, settings, seen, kept)
+        self.tokens[where], self.logprobs[where] = drawn.token, drawn.logprob
+        if kind.alternatives and scores is not None:
+            self.top_logprobs[where], self.top_tokens[where] = likeliest_tokens(scores, drawn, self.top)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -164,6 +189,7 @@ class Drawn:
 class Flight:
     """What a step draws, on its way to the host."""
 
+    rows: Rows
     values: tuple[torch.Tensor, ...]
     answers: list[Any]  # whose each row was
     arrived: torch.cuda.Event | None
@@ -172,14 +198,23 @@ class Flight:
     def of(rows: Rows, answers: list[Any], kind: StepKind) -> Flight:
         wanted = (rows.tokens, rows.logprobs, *((rows.top_tokens, rows.top_logprobs) if kind.alternatives else ()))
         if not rows.tokens.is_cuda:
-            return Flight(tuple(values.clone() for values in wanted), answers, None)
-        copies = tuple(torch.empty(v.shape, dtype=v.dtype, pin_memory=True).copy_(v, non_blocking=True) for v in wanted)
+            return Flight(rows, tuple(values.clone() for values in wanted), answers, None)
+        fitting = next((number for number, landing in enumerate(rows.landings) if len(landing) == len(wanted)), None)
+        if fitting is None:
+            copies = tuple(torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for values in wanted)
+        else:
+            copies = rows.landings.pop(fitting)
+        for copy, values in zip(copies, wanted, strict=True):
+            copy.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return Flight(copies, answers, event)
+        return Flight(rows, copies, answers, event)
 
     def wait(self) -> Drawn:
+        """What was drawn, once it is there; to be called once."""
         if self.arrived is not None:
             self.arrived.synchronize()
         tokens, logprobs, *top = (values.tolist() for values in self.values)
+        if self.arrived is not None:
+            self.rows.landings.append(self.values)
         return Drawn(tokens, logprobs, *(top or (None, None)))

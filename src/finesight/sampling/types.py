@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from finesight.data.conversation import Conversation
+from finesight.data.sample import Sample
 from finesight.errors import RecipeError
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
@@ -30,13 +31,14 @@ class SamplingSettings:
     seed: int = 0  # of the draws; answers depend on it and on the place of the prompt, not on the batch
     batch_size: int = 8  # answers drawn side by side
     num_generations: int = 1  # answers to each prompt
+    first_place: int = 0  # place of the first prompt, where the prompts are a part of more
 
     def __post_init__(self) -> None:
         ranges = {
             "max_completion_length": (self.max_completion_length >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_k": (0 <= self.top_k < 2**63, "0 or more, and below 2^63"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 1e6, "between 0.01 and 1,000,000"),
             "stop": (all(self.stop), "texts that are not empty"),
@@ -69,4 +71,20 @@ class Sampler(Protocol):
 
         A prompt ends with what is to be answered.
         """
+        ...
+
+
+class RolloutSampler(Protocol):
+    """Answers prompts of a run of reinforcement with the weights in training."""
+
+    forbidden: tuple[int, ...]  # ids that are never drawn
+
+    def refresh(self, step: int) -> None:
+        """Has the present weights used from now on, those after `step` optimizer steps."""
+        ...
+
+    def generate_samples(
+        self, samples: Sequence[Sample], settings: SamplingSettings, on_progress: Progress | None = None
+    ) -> list[Completion]:
+        """`num_generations` completions for each encoded prompt, with their log-probabilities, in the prompts' order."""
         ...

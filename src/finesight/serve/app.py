@@ -13,6 +13,7 @@ from finesight.errors import FinesightError, ModelError
 from finesight.serve.errors import ApiError
 from finesight.serve.guard import Guard
 from finesight.serve.models import ModelShelf
+from finesight.serve.runtime_adapters import add_routes
 from finesight.serve.schema import ChatRequest
 from finesight.serve.service import Accepted, Service
 from finesight.serve.settings import ServeSettings
@@ -28,13 +29,77 @@ def create_app(service: Service) -> Any:
     """
     try:
         from fastapi import FastAPI, Request
-        from fastapi.exceptions import RequestValidationError
-        from fastapi.exceptions import StarletteHTTPException as HTTPException  # of which FastAPI's own is a kind
-        from fastapi.responses import JSONResponse, Response, StreamingResponse
+        from fastapi.responses import JSONResponse, Response
     except ImportError as error:
         raise FinesightError(
             f"The server needs the extra `serve` ({error.name} is missing). Run `pip install 'finesight[serve]'`."
         ) from None
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.closing = True
+        await asyncio.to_thread(service.worker.stop)
+
+    event_stream = _event_stream_of(service)
+    app = FastAPI(title="Finesight", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+
+    _answer_errors(app)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        well = service.worker.alive and not service.closing
+        return JSONResponse({"status": "ok" if well else "unavailable"}, status_code=200 if well else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        content, kind = service.metrics.text()
+        return Response(content, headers={"Content-Type": kind})
+
+    def model_object(name: str) -> dict[str, Any]:
+        model = service.model(name)
+        parent = None if model.adapter is None else service.shelf.base_name
+        most = service.settings.max_length_tokens
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "finesight",
+            "parent": parent,
+            "max_model_len": most,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_object(name) for name in service.shelf.models]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return model_object(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(chat: ChatRequest, request: Request) -> Response:
+        accepted = await service.accept(chat)
+        if chat.stream:
+            return event_stream(accepted, request.is_disconnected)
+        status = 500
+        try:
+            answer = await service.whole(accepted, request.is_disconnected)
+            status = 200
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            service.leave(accepted, status)
+        return JSONResponse(answer)
+
+    add_routes(app, service)
+    return app
+
+
+def _event_stream_of(service: Service) -> Any:
+    """The response that streams an answer of a service, for (the accepted request, what tells that its client has gone)."""
+    from fastapi.responses import StreamingResponse
 
     class EventStream(StreamingResponse):
         """Lets the service know when it is over, also where the client went before its first piece."""
@@ -51,13 +116,15 @@ def create_app(service: Service) -> Any:
             finally:
                 service.leave(self._accepted, status)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.closing = True
-        await asyncio.to_thread(service.worker.stop)
+    return EventStream
 
-    app = FastAPI(title="Finesight", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+
+def _answer_errors(app: Any) -> None:
+    """Whatever goes wrong is answered with OpenAI's error object and its status."""
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.exceptions import StarletteHTTPException as HTTPException  # of which FastAPI's own is a kind
+    from fastapi.responses import JSONResponse
 
     def refusal(error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
@@ -88,46 +155,6 @@ def create_app(service: Service) -> Any:
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return refusal(ApiError(500, "The server failed.", code="internal_error"))
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        well = service.worker.alive and not service.closing
-        return JSONResponse({"status": "ok" if well else "unavailable"}, status_code=200 if well else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        content, kind = service.metrics.text()
-        return Response(content, headers={"Content-Type": kind})
-
-    def model_object(name: str) -> dict[str, Any]:
-        model = service.model(name)
-        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "finesight"}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_object(name) for name in service.shelf.models]}
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        return model_object(name)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(chat: ChatRequest, request: Request) -> Response:
-        accepted = await service.accept(chat)
-        if chat.stream:
-            return EventStream(accepted, request.is_disconnected)
-        status = 500
-        try:
-            answer = await service.whole(accepted, request.is_disconnected)
-            status = 200
-        except ApiError as error:
-            status = error.status
-            raise
-        finally:
-            service.leave(accepted, status)
-        return JSONResponse(answer)
-
-    return app
 
 
 def serve(shelf: ModelShelf, settings: ServeSettings, on_ready: Callable[[str], None] = lambda address: None) -> None:

@@ -38,6 +38,7 @@ _OWN_LIMITS = {
     "queue_size": "--queue-size",
     "max_body_bytes": "--max-body-mib",
     "timeout_s": "--timeout-s",
+    "adapter_dirs": "--adapter-dir",
 }
 
 

@@ -59,7 +59,9 @@ class ModelShelf:
         device: str | None = None,
     ) -> None:
         settings = settings.model_copy(update={"adapter": None})
-        base_name = name or (Path(settings.name_or_path).resolve().name if Path(settings.name_or_path).is_dir() else settings.name_or_path)
+        self.base_name = base_name = name or (
+            Path(settings.name_or_path).resolve().name if Path(settings.name_or_path).is_dir() else settings.name_or_path
+        )
         if base_name in adapters:
             raise ModelError(f"An adapter and the base are both called {base_name}. Give one of them another name.")
         self.loaded: LoadedModel = load_model(settings, data=data, device=device)
@@ -71,9 +73,29 @@ class ModelShelf:
         encoder = Encoder(self.loaded.processor, image_first=image_first)
         system = None if metadata is None else metadata.system
         self.models = {base_name: ServedModel(base_name, None, self.loaded.processor, encoder, system, now)}
-        folder = checkpoint_folder(settings.name_or_path, settings.hub, settings.revision)
+        self._settings, self._data = settings, data
+        self._checkpoint = checkpoint_folder(settings.name_or_path, settings.hub, settings.revision)
         for adapter, path in adapters.items():
-            self.models[adapter] = _adapter(adapter, path, folder, settings, data, now)
+            self.models[adapter] = _adapter(adapter, path, self._checkpoint, settings, data, now)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Offers one more adapter. Engines made before do not know it.
+
+        Raises:
+            ModelError: the folder holds no adapter that fits.
+        """
+        model = _adapter(name, folder, self._checkpoint, self._settings, self._data, int(time.time()))
+        try:
+            self.switch.add(name, folder)
+        finally:  # what failed halfway has been taken out of the layers again
+            self.packed = PackedModel(self.switch.model.eval())
+        self.models[name] = model
+
+    def remove_adapter(self, name: str) -> None:
+        """Gives the memory of an adapter back. Engines made before must not be used any more."""
+        self.models.pop(name, None)
+        self.switch.remove(name)
+        self.packed = PackedModel(self.switch.model.eval())
 
     def grammar_compiler(self) -> GrammarCompiler:
         """Makes grammars for answers of any of the models: they have one tokenizer.

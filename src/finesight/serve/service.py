@@ -24,6 +24,7 @@ from finesight.serve.models import ModelShelf, ServedModel
 from finesight.serve.response_format import ResponseGrammars
 from finesight.serve.schema import ChatRequest
 from finesight.serve.settings import ServeSettings
+from finesight.serve.token_ids import add_token_ids, check_token_fields
 from finesight.serve.worker import Job, Worker
 
 _AT_ONCE = 2  # requests whose images are decoded at the same time
@@ -82,6 +83,7 @@ class Service:
             raise ApiError(503, "The server is shutting down.", code="shutting_down")
         model = self.model(chat.model)
         chat.check()
+        check_token_fields(chat, self.shelf.stop_ids, (model.processor.image_token_id, model.processor.video_token_id))
         if (chat.n or 1) > self.settings.batch_size:
             raise ApiError(400, f"n is {chat.n}; this server draws {self.settings.batch_size} answers side by side.", param="n")
         if self.held >= self.settings.batch_size + self.settings.queue_size:
@@ -112,6 +114,7 @@ class Service:
             grammar=grammar,
             loop=asyncio.get_running_loop(),
         )
+        self.model(accepted.model.name)  # it may have been unloaded meanwhile
         self.worker.submit(job)
         self.metrics.prompt_tokens.inc(len(sample))
         return job
@@ -220,7 +223,12 @@ class Service:
                 choices[number].add(new)
         logprobs = accepted.chat.logprobs
         objects = [choice_object(number, ended[number], choice.content if logprobs else None) for number, choice in enumerate(choices)]
-        return Envelope(accepted.model.name).whole(objects, self._usage(accepted))
+        answer = Envelope(accepted.model.name).whole(objects, self._usage(accepted))
+        if accepted.chat.return_token_ids and accepted.job is not None:
+            answer["prompt_token_ids"] = accepted.job.request.sample.token_ids.tolist()
+            for number, choice in enumerate(objects):
+                add_token_ids(choice, ended[number], accepted.model.processor.tokenizer)
+        return answer
 
     async def pieces(self, accepted: Accepted, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[str]:
         """The answers as server-sent events; an error that comes in between is an event too, and the last one."""
@@ -233,20 +241,26 @@ class Service:
 
         for number in range(len(choices)):
             yield piece(number, {"role": "assistant", "content": ""})
+        held = ""  # events that go out together: a client that reads slower than tokens come is sent several at once
         try:
             async for number, new in self._events(accepted, gone):
                 choice = choices[number]
                 if isinstance(new, Token):
                     if text := choice.add(new):
-                        yield piece(number, {"content": text}, choice.take_pending())
-                    continue
-                if (rest := choice.rest(new)) or choice.pending:
-                    yield piece(number, {"content": rest}, choice.take_pending())
-                yield piece(number, {}, reason=new.finish_reason)
+                        held += piece(number, {"content": text}, choice.take_pending())
+                else:
+                    if (rest := choice.rest(new)) or choice.pending:
+                        held += piece(number, {"content": rest}, choice.take_pending())
+                    held += piece(number, {}, reason=new.finish_reason)
+                if held and (accepted.job is None or accepted.job.events.empty()):
+                    yield held
+                    held = ""
         except ApiError as error:
             self.leave(accepted, error.status)
-            yield event(error.body())
+            yield held + event(error.body())
             return
+        if held:
+            yield held
         if include_usage:
             yield envelope.piece([], usage=self._usage(accepted))
         yield "data: [DONE]\n\n"

@@ -27,6 +27,7 @@ class ServeSettings:
     timeout_s: float = 300.0  # for a whole request; also what a shutdown waits for those that are held
     allow_urls: bool = False  # fetch media from public http(s) addresses
     allowed_dirs: tuple[Path, ...] = ()  # folders that requests may name files in
+    adapter_dirs: tuple[Path, ...] = ()  # folders that clients may load adapters from while the server runs; none: they may not
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "max_length_tokens", "max_completion_length", "max_body_bytes", "timeout_s")
@@ -46,6 +47,9 @@ class ServeSettings:
         for folder in self.allowed_dirs:
             if not folder.is_dir():
                 raise RecipeError(f"The folder {folder}, which requests are to name files in, does not exist.")
+        for folder in self.adapter_dirs:
+            if not folder.is_dir():
+                raise RecipeError(f"The folder {folder}, which adapters are to be loaded from, does not exist.")
 
     @property
     def local_only(self) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from finesight.tasks.distance import best_assignment
 from finesight.tasks.documents import MISSING, find_json
+from finesight.tasks.option_ranges import PositiveShare, Share
 
 BoxFormat = Literal["xyxy", "xywh"]
 
@@ -124,7 +125,7 @@ def iou(a: Box, b: Box) -> float:
     return float(_ious([a], [b])[0, 0])
 
 
-def first_box_iou(given: Sequence[Box], right: Sequence[Box], *, threshold: float = 0.0) -> float:
+def first_box_iou(given: Sequence[Box], right: Sequence[Box], *, threshold: Share = 0.0) -> float:
     """IoU of the first box of the answer with the nearest right one; with a threshold 1 from there on, else 0.
 
     Acc@0.5 of referring expressions (Kazemzadeh et al. 2014; Mao et al. 2016) has the threshold 0.5; lmms-eval takes the
@@ -148,7 +149,7 @@ def matched_iou(given: Sequence[Box], right: Sequence[Box], *, labels: bool = Fa
     return min(1.0, float(sum(gain[i, j] for i, j in best_assignment(gain)) / max(len(given), len(right))))
 
 
-def box_f1(given: Sequence[Box], right: Sequence[Box], *, threshold: float = 0.5, labels: bool = False) -> float:
+def box_f1(given: Sequence[Box], right: Sequence[Box], *, threshold: PositiveShare = 0.5, labels: bool = False) -> float:
     """F1 of the boxes: found if they are matched one to one with an IoU of at least `threshold`; no box on either side: 1."""
     if not given or not right:
         return float(not given and not right)

@@ -106,28 +106,40 @@ def is_json(answer: str) -> float:
     return float(_loads(text) is not MISSING)
 
 
-def fits_schema(answer: str, schema: Any) -> float:
-    """1 if the answer's JSON fits a JSON schema (draft 2020-12 unless `$schema` says otherwise). Nothing is fetched.
+def schema_validator(schema: Any) -> Any:
+    """The validator of the library jsonschema for this schema.
 
     Raises:
-        EvaluationError: the library jsonschema is not installed, or the schema is none.
+        EvaluationError: the library is not installed, or the schema is none.
     """
     try:
         from jsonschema import Draft202012Validator
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
         from referencing import Registry
-        from referencing.exceptions import Unresolvable
     except ImportError:
         raise EvaluationError("Grader json_schema needs the library jsonschema: pip install 'finesight[graders]'.") from None
+    kind = validator_for(schema, default=Draft202012Validator)
     try:
-        kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
-        value = find_json(answer)
-        # A registry of its own: the library's default one would fetch what a schema refers to.
-        return float(value is not MISSING and kind(schema, registry=Registry()).is_valid(value))
     except SchemaError as error:
         raise EvaluationError(f"This is no JSON schema: {error.message} at {error.json_path}. Mend it.") from None
+    # A registry of its own: the library's default one would fetch what a schema refers to.
+    return kind(schema, registry=Registry())
+
+
+def fits_schema(answer: str, schema: Any) -> float:
+    """1 if the answer's JSON fits a JSON schema (draft 2020-12 unless `$schema` says otherwise). Nothing is fetched.
+
+    Raises:
+        EvaluationError: the library jsonschema is not installed, or the schema is none.
+    """
+    validator = schema_validator(schema)
+    from referencing.exceptions import Unresolvable
+
+    value = find_json(answer)
+    try:
+        return float(value is not MISSING and validator.is_valid(value))
     except Unresolvable as error:
         raise EvaluationError(
             f"The JSON schema refers to {error.ref!r}, which it does not hold; nothing is fetched. Put it under $defs."

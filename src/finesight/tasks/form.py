@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from finesight.tasks.option_ranges import Count, TagNames
 
-def tagged_blocks(answer: str, *, tags: str = "think,answer") -> float:
+
+def tagged_blocks(answer: str, *, tags: TagNames = "think,answer") -> float:
     """1 if the answer consists of these blocks and of nothing else but space: `<think>…</think><answer>…</answer>`.
 
     Each tag stands once, in this order, and each block holds something.
@@ -41,7 +43,7 @@ def think_answer_open_r1(answer: str) -> float:
     return float(place >= 0 and (answer.endswith(closing, place + len(middle)) or answer.find(f"{closing}\n", place + len(middle)) >= 0))
 
 
-def length_within(answer: str, *, minimum: int = 1, maximum: int = 1_000_000, unit: Literal["words", "characters"] = "words") -> float:
+def length_within(answer: str, *, minimum: Count = 1, maximum: Count = 1_000_000, unit: Literal["words", "characters"] = "words") -> float:
     """1 if the answer, surrounding space aside, is from `minimum` to `maximum` words (parted by space) or characters long."""
     text = answer.strip()
     return float(minimum <= (len(text.split()) if unit == "words" else len(text)) <= maximum)

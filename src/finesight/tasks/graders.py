@@ -5,12 +5,14 @@ has a name of its own.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finesight.errors import EvaluationError
+from finesight.recipe import TaskSettings
 from finesight.tasks import boxes, documents, form, maths, metrics, transcription
 from finesight.tasks.frames import Frames
 from finesight.tasks.grading import (
@@ -34,7 +36,11 @@ GRADERS: dict[str, LibraryGrader] = {
     "multiple_choice": TextGrader(metrics.multiple_choice, "the chosen letter is right"),
     "math": TextGrader(maths.math, "the final answer equals an accepted one exactly: fractions, percent, units, lists, LaTeX"),
     "math/1%": TextGrader(partial(maths.math, relative_tolerance=0.01), "the same, numbers to 1%"),
-    "math/math-verify": TextGrader(maths.math_verify, "the library math-verify finds them equal, as TRL's accuracy_reward asks it"),
+    "math/math-verify": TextGrader(
+        maths.math_verify,
+        "the library math-verify finds them equal, as TRL's accuracy_reward asks it",
+        libraries=("math_verify", "latex2sympy2_extended", "antlr4"),
+    ),
     "numeric": TextGrader(metrics.numeric, "the number is right to 0.01%; thousands separators, %, currency understood"),
     "numeric/1%": TextGrader(partial(metrics.numeric, relative_tolerance=0.01), "the number is right to 1%"),
     "numeric/5%": TextGrader(partial(metrics.numeric, relative_tolerance=0.05), "the number is right to 5%"),
@@ -50,7 +56,9 @@ GRADERS: dict[str, LibraryGrader] = {
     "field_f1": DocumentGrader(documents.field_f1, "F1 of the fields of its JSON; case and runs of space aside"),
     "field_f1/donut": DocumentGrader(documents.field_f1_donut, "the same with texts as they are, as Donut computes it for CORD"),
     "json": FormGrader(documents.is_json, "it is JSON and nothing else, a fence aside"),
-    "json_schema": SchemaGrader(documents.fits_schema, "its JSON fits the schema of the option or of the row"),
+    "json_schema": SchemaGrader(
+        documents.fits_schema, "its JSON fits the schema of the option or of the row", libraries=("jsonschema", "referencing")
+    ),
     "iou": BoxGrader(boxes.first_box_iou, "IoU of its first box with the nearest right one"),
     "iou/0.5": BoxGrader(partial(boxes.first_box_iou, threshold=0.5), "that IoU is at least 0.5 (RefCOCO's accuracy)"),
     "matched_iou": BoxGrader(boxes.matched_iou, "mean IoU of all boxes, matched one to one as well as can be"),
@@ -74,14 +82,41 @@ def get_grader(
         frames: how the model writes coordinates, where it is known.
 
     Raises:
-        EvaluationError: there is no such grader, option, module or function.
+        EvaluationError: there is no such grader, option, module or function, an option is out of range, or the grader's library
+            is not installed.
     """
     if name in GRADERS:
+        GRADERS[name].require_libraries(name)
         grader = GRADERS[name].with_options(options or {}, name=name)
         return grader if frames is None else grader.with_frames(frames)
     if is_user_function(name):
         function = load_function(name, kind="Grader", signature="(answer, conversation)", base_dir=base_dir or Path.cwd())
+        _check_keywords(function, name, options or {})
         return UserGrader(name, partial(function, **options) if options else function)
     near = difflib.get_close_matches(name, GRADERS, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(GRADERS)}; or give module:function."
     raise EvaluationError(f"Grader {name!r} is not known. {hint}")
+
+
+def check_graders(tasks: Sequence[TaskSettings], *, base_dir: Path | None = None) -> None:
+    """Finds what is wrong with the graders that tasks name before anything is read or loaded.
+
+    Raises:
+        EvaluationError: as in :func:`get_grader`, for the first of them.
+    """
+    for task in tasks:
+        get_grader(task.grader, task.grader_options, base_dir=base_dir)
+
+
+def _check_keywords(function: Callable[..., Any], name: str, options: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some functions written in C none can be read
+        return
+    try:
+        signature.bind("", None, **options)
+    except TypeError as error:
+        given = f"(answer, conversation{''.join(f', {key}=…' for key in options)})"
+        raise EvaluationError(
+            f"Grader {name!r} is called as {given}, which {function.__name__}{signature} does not take: {error}."
+        ) from None

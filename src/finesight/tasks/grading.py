@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import inspect
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from finesight.data.conversation import Conversation
 from finesight.errors import EvaluationError
@@ -49,6 +52,7 @@ class LibraryGrader(ABC):
     description: str
     part: Literal["whole", "final"] = "whole"
     column: str = ""
+    libraries: tuple[str, ...] = ()  # of the extra `graders`, as they are imported
     OWN_OPTIONS: ClassVar[tuple[str, ...]] = ("part", "column")
 
     def __call__(self, answer: str, conversation: Conversation) -> float:
@@ -64,6 +68,15 @@ class LibraryGrader(ABC):
     @abstractmethod
     def expected(self, conversation: Conversation) -> tuple[str, ...]: ...
 
+    def require_libraries(self, name: str) -> None:
+        """Refuses a grader whose libraries are not installed.
+
+        Raises:
+            EvaluationError: which are missing, and how to install them.
+        """
+        if missing := [library for library in self.libraries if importlib.util.find_spec(library) is None]:
+            raise EvaluationError(f"Grader {name!r} needs {', '.join(missing)}, which is not installed: pip install 'finesight[graders]'.")
+
     def with_frames(self, frames: Frames) -> Self:
         """See :func:`seeing`."""
         return self
@@ -78,18 +91,23 @@ class LibraryGrader(ABC):
         """The same grader with other values of its options.
 
         Raises:
-            EvaluationError: there is no such option, or the value is of the wrong kind.
+            EvaluationError: there is no such option, or the value is of the wrong kind or out of range.
         """
         known = self.options()
         function = self.metric.func if isinstance(self.metric, functools.partial) else self.metric
-        hints = get_type_hints(type(self)) | get_type_hints(function)
+        hints = get_type_hints(type(self), include_extras=True) | get_type_hints(function, include_extras=True)
         for key, value in options.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(known)}."
                 raise EvaluationError(f"Grader {name!r} has no option {key!r}. {hint}")
-            if not _is_of_kind(value, hints[key]):
-                raise EvaluationError(f"Grader {name!r}: option {key} is {value!r}; it must be {_kind_in_words(hints[key])}.")
+            if (wanted := _refused(value, hints[key])) is not None:
+                raise EvaluationError(f"Grader {name!r}: option {key} is {value!r}; it must be {wanted}.")
+        limits = {**known, **options}
+        if limits.get("minimum", 0) > limits.get("maximum", math.inf):
+            raise EvaluationError(
+                f"Grader {name!r}: minimum {limits['minimum']} is above maximum {limits['maximum']}; no answer fits both."
+            )
         own = {key: value for key, value in options.items() if key in self.OWN_OPTIONS}
         others = {key: value for key, value in options.items() if key not in own}
         return replace(self, **own, metric=functools.partial(self.metric, **others) if others else self.metric)
@@ -148,6 +166,21 @@ class SchemaGrader(LibraryGrader):
 
     def score(self, answer: str, conversation: Conversation) -> float:
         return self.metric(answer, self.schema(conversation))
+
+    def check(self, conversation: Conversation) -> None:
+        schema = self.schema(conversation)
+        if self.json_schema:  # looked at with the options
+            return
+        try:
+            documents.schema_validator(schema)
+        except EvaluationError as error:
+            raise EvaluationError(f"{conversation.source}: {error}") from None
+
+    def with_options(self, options: Mapping[str, Any], *, name: str) -> Self:
+        grader = super().with_options(options, name=name)
+        if grader.json_schema:
+            documents.schema_validator(grader.json_schema)
+        return grader
 
     def schema(self, conversation: Conversation) -> Any:
         found = self.json_schema or conversation.extra.get(self.column)
@@ -320,6 +353,19 @@ def _as_texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(text for entry in value for text in _as_texts(entry))
     return (str(value),)
+
+
+def _refused(value: Any, hint: Any) -> str | None:
+    """What a value must be and is not: of the type of a hint, and in the range that it is annotated with."""
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if not _is_of_kind(value, kind):
+        return _kind_in_words(kind)
+    if kind is not hint:
+        try:
+            TypeAdapter(hint).validate_python(value)
+        except ValidationError as error:
+            return str(error.errors()[0]["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return None
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:

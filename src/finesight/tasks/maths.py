@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from finesight.errors import EvaluationError
 from finesight.tasks.final_answer import last_match, marked_answer, said_answer, without_reasoning
+from finesight.tasks.option_ranges import RelativeTolerance
 from finesight.tasks.quantity import MAX_VALUE_CHARACTERS, Quantity, parse_quantity, plain_latex
 
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
@@ -17,7 +18,7 @@ _NUMBER_IN_TEXT = re.compile(
 )
 
 
-def math(answer: str, accepted: Sequence[str], *, relative_tolerance: float = 0.0) -> float:
+def math(answer: str, accepted: Sequence[str], *, relative_tolerance: RelativeTolerance = 0.0) -> float:
     r"""1 if the final answer is mathematically the right one.
 
     The final answer is what stands in the last `<answer>` or `\boxed{}` (braces balanced); without either it is the whole

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from finesight.tasks.distance import levenshtein
 from finesight.tasks.final_answer import last_boxed, last_match
+from finesight.tasks.option_ranges import PositiveShare, RelativeTolerance
 from finesight.tasks.quantity import parse_quantity
 
 Metric = Callable[..., float]  # (answer, accepted answers), and options by name
@@ -92,7 +93,7 @@ def multiple_choice(answer: str, accepted: Sequence[str]) -> float:
     return 0.0
 
 
-def numeric(answer: str, accepted: Sequence[str], *, relative_tolerance: float = 1e-4) -> float:
+def numeric(answer: str, accepted: Sequence[str], *, relative_tolerance: RelativeTolerance = 1e-4) -> float:
     """1 if the answer's number is within a relative tolerance of an accepted one (of zero: that far from it).
 
     The number is the whole answer, or else what stands in `\\boxed{}`, or else the last number in it. Thousands separators
@@ -147,7 +148,7 @@ def relaxed_accuracy_lmms_eval(answer: str, accepted: Sequence[str]) -> float:
     return float(any(right(expected) for expected in accepted))
 
 
-def anls(answer: str, accepted: Sequence[str], *, threshold: float = 0.5) -> float:
+def anls(answer: str, accepted: Sequence[str], *, threshold: PositiveShare = 0.5) -> float:
     """Average normalized Levenshtein similarity of one question: the best 1 - NL of those with NL < 0.5, else 0.
 
     Biten et al. 2019 (Scene Text VQA), equation 1; NL is the edit distance over the longer length. Case does not

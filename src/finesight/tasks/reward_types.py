@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Literal, overload
 
@@ -155,6 +155,41 @@ class RewardStatistics:
     saturation: float  # share of values at the ceiling: the largest possible value, or the largest one met so far
     constant_groups: float  # share of groups (with two values or more) whose values are all the same: they teach nothing
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Earned:
+    """What rewards gave for some completions, B of them."""
+
+    count: int  # B
+    values: Mapping[str, list[float | None]]  # by reward, (B,); None: not applicable, or failed
+    failures: tuple[RewardFailure, ...]
+    seconds: Mapping[str, float]  # by reward
+    metrics: Mapping[str, list[float]] = field(default_factory=dict)  # what functions logged with log_metric
+    extra: Mapping[str, list[Any]] = field(default_factory=dict)  # columns that functions logged with log_extra, (B,)
+
+    @staticmethod
+    def joined(parts: Sequence[Earned]) -> Earned:
+        """One after the other, as if it had been one call; seconds are those of the slowest."""
+        places = [sum(part.count for part in parts[:number]) for number in range(len(parts))]
+        return Earned(
+            count=sum(part.count for part in parts),
+            values={name: [value for part in parts for value in part.values[name]] for name in parts[0].values},
+            failures=tuple(
+                replace(failure, index=failure.index + place)
+                for part, place in zip(parts, places, strict=True)
+                for failure in part.failures
+            ),
+            seconds={name: max(part.seconds[name] for part in parts) for name in parts[0].seconds},
+            metrics={
+                name: [value for part in parts for value in part.metrics.get(name, [])]
+                for name in dict.fromkeys(name for part in parts for name in part.metrics)
+            },
+            extra={
+                name: [value for part in parts for value in part.extra.get(name, [None] * part.count)]
+                for name in dict.fromkeys(name for part in parts for name in part.extra)
+            },
+        )
 
 
 @dataclass(frozen=True)

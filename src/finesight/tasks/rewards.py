@@ -25,7 +25,7 @@ from finesight.grpo_settings import RewardSettings
 from finesight.tasks.deadline import TimeLimitExceeded, await_within, call_within, in_thread, wait_for
 from finesight.tasks.frames import Frames
 from finesight.tasks.graders import get_grader
-from finesight.tasks.reward_types import Reward, RewardCall, RewardFailure, RewardResult, RewardStatistics
+from finesight.tasks.reward_types import Earned, Reward, RewardCall, RewardFailure, RewardResult, RewardStatistics
 from finesight.tasks.user_code import is_user_function, load_function
 
 SIGNATURE = "(completions, **columns)"
@@ -35,28 +35,37 @@ _ALWAYS_THERE = ("prompts", "completions", "completion_ids", "images", "answer",
 Values = list[float | None]
 
 
-def load_rewards(settings: Sequence[RewardSettings], *, base_dir: Path, frames: Frames | None = None) -> tuple[Reward, ...]:
+def load_rewards(
+    settings: Sequence[RewardSettings],
+    *,
+    base_dir: Path,
+    frames: Frames | None = None,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+) -> tuple[Reward, ...]:
     """The rewards of a recipe. Only here is code of the user loaded; no data file can name any.
 
     Args:
         base_dir: folder that modules and files of the user are looked up in first.
         frames: how the model writes coordinates, for graders of boxes.
+        functions: by the names that settings give them: functions that are in memory, and are not looked up.
 
     Raises:
         EvaluationError: there is no such grader, option, module or function, or two rewards have one name.
     """
-    rewards = tuple(_load(one, base_dir, frames) for one in settings)
+    rewards = tuple(_load(one, base_dir, frames, functions or {}) for one in settings)
     names = [reward.name for reward in rewards]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise EvaluationError(f"The reward {twice[0]!r} is given twice; give it once, with the sum of the weights.")
     return rewards
 
 
-def _load(settings: RewardSettings, base_dir: Path, frames: Frames | None) -> Reward:
-    if not is_user_function(settings.name):
+def _load(settings: RewardSettings, base_dir: Path, frames: Frames | None, functions: Mapping[str, Callable[..., Any]]) -> Reward:
+    function = functions.get(settings.name)
+    if function is None and not is_user_function(settings.name):
         grader = get_grader(settings.name, settings.options, base_dir=base_dir, frames=frames)
         return Reward(settings.name, settings.weight, settings.timeout_s, grader)
-    function = load_function(settings.name, kind="Reward", signature=SIGNATURE, base_dir=base_dir)
+    if function is None:
+        function = load_function(settings.name, kind="Reward", signature=SIGNATURE, base_dir=base_dir)
     if settings.options:
         function = functools.partial(function, **settings.options)
     return function_reward(function, name=settings.name, weight=settings.weight, timeout_s=settings.timeout_s, given=settings.options)
@@ -149,7 +158,13 @@ class RewardSet:
         self._ceilings = {reward.name: -math.inf if reward.ceiling is None else reward.ceiling for reward in rewards}
 
     def __call__(self, call: RewardCall) -> RewardResult:
-        """The rewards of all completions of a step. Coroutines run side by side, and beside the other functions, which take turns."""
+        """The rewards of all completions of a step, and their figures."""
+        return self.result(self.earned(call), call.group)
+
+    def earned(self, call: RewardCall) -> Earned:
+        """What completions earn. Coroutines run side by side, and beside the other functions, which take turns."""
+        if not len(call):
+            return Earned(0, {r.name: [] for r in self.rewards}, (), {r.name: 0.0 for r in self.rewards})
         logged = _Logged(len(call))
         coroutines = _Coroutines([reward for reward in self.rewards if reward.is_async], call, logged)
         collected: dict[str, _Collected] = {}
@@ -159,27 +174,40 @@ class RewardSet:
         for reward in coroutines.rewards:
             collected[reward.name] = _collect(reward, call, functools.partial(coroutines.outcome, reward))
             collected[reward.name].seconds += coroutines.seconds.get(reward.name, 0.0)
-        return self._result(call, collected, logged)
+        return Earned(
+            count=len(call),
+            values={reward.name: collected[reward.name].values for reward in self.rewards},
+            failures=tuple(failure for reward in self.rewards for failure in collected[reward.name].failures),
+            seconds={reward.name: collected[reward.name].seconds for reward in self.rewards},
+            metrics=logged.metrics,
+            extra=logged.extra,
+        )
 
-    def _result(self, call: RewardCall, collected: Mapping[str, _Collected], logged: _Logged) -> RewardResult:
-        totals = tuple(_total([(r.weight, collected[r.name].values[i]) for r in self.rewards]) for i in range(len(call)))
+    def result(self, earned: Earned, group: Sequence[int]) -> RewardResult:
+        """Totals and figures of what completions earned.
+
+        Args:
+            group: (B,) completions of one prompt share a number.
+        """
+        totals = tuple(_total([(r.weight, earned.values[r.name][i]) for r in self.rewards]) for i in range(earned.count))
         statistics = {}
         for reward in self.rewards:
-            found = collected[reward.name]
+            values = earned.values[reward.name]
             if reward.ceiling is None:
-                self._ceilings[reward.name] = max([self._ceilings[reward.name], *(v for v in found.values if v is not None)])
+                self._ceilings[reward.name] = max([self._ceilings[reward.name], *(v for v in values if v is not None)])
+            failed = sum(failure.reward == reward.name for failure in earned.failures)
             statistics[reward.name] = reward_statistics(
-                found.values, call.group, ceiling=self._ceilings[reward.name], failed=len(found.failures), seconds=found.seconds
+                values, group, ceiling=self._ceilings[reward.name], failed=failed, seconds=earned.seconds[reward.name]
             )
         known = [value for value in totals if value is not None]
         return RewardResult(
-            values={reward.name: tuple(collected[reward.name].values) for reward in self.rewards},
+            values={name: tuple(values) for name, values in earned.values.items()},
             totals=totals,
-            failures=tuple(failure for reward in self.rewards for failure in collected[reward.name].failures),
+            failures=earned.failures,
             statistics=statistics,
-            total_statistics=reward_statistics(totals, call.group, ceiling=max(known, default=0.0)),
-            metrics={name: tuple(values) for name, values in logged.metrics.items()},
-            extra={name: tuple(values) for name, values in logged.extra.items()},
+            total_statistics=reward_statistics(totals, group, ceiling=max(known, default=0.0)),
+            metrics={name: tuple(values) for name, values in earned.metrics.items()},
+            extra={name: tuple(values) for name, values in earned.extra.items()},
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from pyarrow import parquet
 
 from finesight.data.conversation import Conversation
 from finesight.data.media import describe
-from finesight.errors import CheckpointError
+from finesight.errors import CheckpointError, MediaError
+from finesight.evaluation.pictures import thumbnail_of
+from finesight.evaluation.reinforcement import PICTURED_GROUPS
 from finesight.tasks.reward_types import RewardFailure
 from finesight.training.rollouts import Position, Rollout
+from finesight.training.run_report import COMPLETIONS
 from finesight.training.telemetry import Telemetry, counted
 
-COMPLETIONS = "completions"
 _SHOWN_FAILURES = 5
 
 
@@ -39,22 +42,37 @@ class RolloutLog:
             CheckpointError: the disk refuses.
         """
         step = at.step + 1
-        if rollout.failures:
-            self._tell(step, rollout.failures)
+        tell_failures(self.telemetry, step, rollout.failures)
+        _tell_ablation(self.telemetry, step, rollout.figures)
         path = self.folder / f"step-{step:06d}.parquet"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            parquet.write_table(pyarrow.Table.from_pylist(self._records(step, rollout, advantages)), path)
+            beside = path.with_name(f".{path.name}")  # a run that is ended half-way leaves no half file under the name of a whole one
+            parquet.write_table(self._table(step, rollout, advantages), beside)
+            beside.replace(path)
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be written: {error.strerror or error}. Free space there, or choose another output_dir."
             ) from error
 
+    def _table(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> pyarrow.Table:
+        table = pyarrow.Table.from_pylist(self._records(step, rollout, advantages))
+        # A column that holds nothing in one rollout must have the type that it has in the others.
+        kinds = {"images": pyarrow.list_(pyarrow.string()), "thumbnails": pyarrow.list_(pyarrow.binary()), "failures": pyarrow.string()}
+        kinds |= {name: pyarrow.string() for name in table.column_names if name.startswith("extra_")}
+        kinds |= {name: pyarrow.float64() for name in table.column_names if name.startswith("reward")}
+        for name, kind in kinds.items():
+            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+        return table
+
     def _records(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         records = []
+        extra = dict.fromkeys(name for group in rollout.groups for name in group.extra)
         for number, (group, values) in enumerate(zip(rollout.groups, advantages, strict=True)):
             conversation = self.conversations[group.row]
             prompt = conversation.prompt()
+            # Of a few groups, so that a report needs no data; the same bytes in each row of a group are stored once.
+            thumbnails = _thumbnails(prompt) if number < PICTURED_GROUPS else None
             for place, (completion, advantage) in enumerate(zip(group.completions, values, strict=True)):
                 records.append(
                     {
@@ -64,25 +82,61 @@ class RolloutLog:
                         "row": conversation.source.row,
                         "prompt": "\n".join(f"{turn.role}: {turn.text}" for turn in prompt.turns),
                         "images": [describe(part.media) for part in prompt.media if part.media is not None],
+                        "thumbnails": thumbnails,
                         "completion": completion.text,
                         "tokens": len(completion.token_ids),
                         "finish_reason": completion.finish_reason,
                         **{f"reward_{name}": _number(rewards[place]) for name, rewards in group.values.items()},
                         "reward": _number(group.totals[place]),
                         "advantage": advantage,
+                        "failures": group.failures.get(place),
+                        **{f"extra_{name}": _text(group.extra[name][place]) if name in group.extra else None for name in extra},
                     }
                 )
         return records
 
-    def _tell(self, step: int, failures: Sequence[RewardFailure]) -> None:
-        first = [str(failure) for failure in failures[:_SHOWN_FAILURES]]
-        more = f"; and {len(failures) - len(first)} more" if len(failures) > len(first) else ""
-        self.telemetry.event(
-            step,
-            "reward_failed",
-            {"count": len(failures), "failures": first},
-            f"{counted(len(failures), 'reward')} failed and count as not given: {'; '.join(first)}{more}",
+
+def tell_failures(telemetry: Telemetry, step: int, failures: Sequence[RewardFailure], *, where: str = "") -> None:
+    """Tells of rewards that failed, the first ones with their rows and reasons; nothing where none did.
+
+    Args:
+        where: other than in training, for people: "of held-out prompts".
+    """
+    if not failures:
+        return
+    first = [str(failure) for failure in failures[:_SHOWN_FAILURES]]
+    more = f"; and {len(failures) - len(first)} more" if len(failures) > len(first) else ""
+    telemetry.event(
+        step,
+        "reward_failed",
+        {"count": len(failures), "failures": first},
+        f"{counted(len(failures), 'reward')} {where}{' ' if where else ''}failed and count as not given: {'; '.join(first)}{more}",
+    )
+
+
+def _tell_ablation(telemetry: Telemetry, step: int, figures: Mapping[str, float]) -> None:
+    """Says what is earned without looking, where that was measured."""
+    seen, blind = (figures.get(f"image_ablation/reward/{side}") for side in ("with_image", "without_image"))
+    if seen is not None and blind is not None:
+        telemetry.message(
+            f"step {step}: reward {seen:.3f} with images, {blind:.3f} with images blanked: that much is earned without looking"
         )
+
+
+def _thumbnails(prompt: Conversation) -> list[bytes | None]:
+    """Small pictures of a prompt's images and videos, None where one cannot be opened any more."""
+    found: list[bytes | None] = []
+    for part in prompt.media:
+        try:
+            found.append(thumbnail_of(part))
+        except MediaError:
+            found.append(None)
+    return found
+
+
+def _text(value: Any) -> str | None:
+    """What a function logged may be anything, and of another kind each time."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _number(value: float | None) -> float | None:

@@ -9,6 +9,7 @@ of a step add up to the same gradient however it is divided into packs and proce
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +55,7 @@ class PolicyLoss:
     kl: torch.Tensor  # Σ of the k3 estimate; 0 without a reference
     ratio: torch.Tensor  # Σ of the ratio to the old policy
     importance: torch.Tensor  # Σ of the weights that correct another engine's log-probabilities; as `tokens` without one
+    truncated: torch.Tensor  # records whose weight was cut to `importance_cap`; 0 without another engine
 
 
 def group_advantages(
@@ -178,9 +180,11 @@ def policy_loss(
     else:
         low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
         terms = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    importance = torch.ones_like(old)
+    importance, truncated = torch.ones_like(old), torch.zeros_like(old)
     if records.sampler_logprobs is not None:
-        importance = truncated_importance_weights(old, _where_counted(records.sampler_logprobs, counts), importance_cap)
+        sampler = _where_counted(records.sampler_logprobs, counts)
+        importance = truncated_importance_weights(old, sampler, importance_cap)
+        truncated = (old - sampler > math.log(importance_cap)).to(old.dtype)
         terms = terms * importance
     divergence = torch.zeros_like(logprobs)
     if records.reference_logprobs is not None:
@@ -201,6 +205,7 @@ def policy_loss(
         kl=total(divergence),
         ratio=total(ratio),
         importance=total(importance),
+        truncated=total(truncated),
     )
 
 

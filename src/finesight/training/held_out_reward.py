@@ -11,9 +11,11 @@ from finesight.data.conversation import Conversation
 from finesight.data.sample import Sample
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.types import SamplingSettings
-from finesight.tasks.reward_types import RewardCall
 from finesight.tasks.rewards import RewardSet
-from finesight.training.rollouts import reward_labels
+from finesight.training.completion_files import tell_failures
+from finesight.training.rollout_shares import Processes
+from finesight.training.rollouts import answers_and_rewards, reward_labels
+from finesight.training.telemetry import Telemetry
 
 
 class HeldOutReward:
@@ -24,6 +26,8 @@ class HeldOutReward:
         rewards: what answers earn.
         prompts: encoded; conversations: their rows.
         sampling: how they are answered.
+        processes: each answers its share of the prompts.
+        telemetry: is told of rewards that failed.
     """
 
     criterion: Literal["eval_loss", "eval_reward"] = "eval_reward"
@@ -35,9 +39,11 @@ class HeldOutReward:
         prompts: Sequence[Sample],
         conversations: Sequence[Conversation],
         sampling: SamplingSettings,
+        processes: Processes = Processes(),
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.sampler, self.rewards, self.prompts, self.conversations = sampler, rewards, prompts, conversations
-        self.sampling = sampling
+        self.sampling, self.processes, self.telemetry = sampling, processes, telemetry
 
     def measure(self, step: int) -> dict[str, float]:
         """`eval_reward`, the mean of each reward, and the mean length in tokens. An answer that no reward applies to is left out.
@@ -47,16 +53,11 @@ class HeldOutReward:
             ModelError: the GPU has no memory to sample.
         """
         begun = time.perf_counter()
-        completions = self.sampler.generate_samples(self.prompts, self.sampling)
-        result = self.rewards(
-            RewardCall(
-                conversations=tuple(self.conversations),
-                texts=tuple(completion.text for completion in completions),
-                completion_ids=tuple(completion.token_ids for completion in completions),
-                group=tuple(range(len(completions))),
-                step=step,
-            )
+        completions, result = answers_and_rewards(
+            self.sampler, self.rewards, self.prompts, self.conversations, self.sampling, self.processes, step=step
         )
+        if self.telemetry is not None:
+            tell_failures(self.telemetry, step, result.failures, where="of held-out prompts")
         labels = reward_labels(self.rewards.rewards)
         known = [total for total in result.totals if total is not None]
         means = {f"eval_rewards/{labels[name]}/mean": found.mean for name, found in result.statistics.items() if math.isfinite(found.mean)}

@@ -49,7 +49,7 @@ def probe_memory(session: Session, *, force: bool = False) -> MemoryPlan:
         session.packed.feature_cache = cache
     # What a step has besides: state of the optimizer, and the pack that is moved ahead.
     besides = plan.peak.parts.get("optimizer state", 0)
-    ahead = plan.peak.parts.get("packs", 0) // 2 if plan.sizes.most_packs > 1 else 0
+    ahead = plan.peak.parts.get("packs moved ahead", 0)
     measured = torch.cuda.max_memory_allocated(device) + besides + ahead
     session.memory = result = corrected(plan, measured)
     session.tell(

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from finesight.errors import RecipeError, TrainingError
-from finesight.models.rounding import stochastic_round
+from finesight.models.rounding import stochastic_round_into
+from finesight.models.sharding import divided_like, norm_over_processes, own_part
 from finesight.recipe import TrainingSettings
 from finesight.training.parameter_groups import build_optimizers, load_optimizer_state
 
@@ -173,9 +174,11 @@ class StepOptimizer:
         gradients = self._gradients()
         if not gradients:
             return torch.zeros(())
-        norm = _joint_norm([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+        parts = [own_part(gradient) for gradient in gradients]
+        norm = _joint_norm([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts])
+        norm = norm_over_processes(norm, gradients[0])
         if max_norm > 0:
-            torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+            torch._foreach_mul_(parts, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
     def _gradients(self) -> list[torch.Tensor]:
@@ -230,13 +233,14 @@ class StepOptimizer:
             member.master.grad = member.weight.grad.float()  # type: ignore[union-attr]
         for optimizer in optimizers:
             optimizer.step()
+        for member in chunk:  # of all of them before the first is rounded, which takes memory too
+            member.master.grad = None
         generator = torch.Generator(chunk[0].weight.device)
         for member in chunk:
             # The same on all processes, so that their weights stay equal; a function of step and parameter, so that nothing
             # is to be saved and the order of updates does not matter.
             generator.manual_seed(((self.seed * 1_000_003 + self.steps_done) * 65_537 + member.number) % 2**63)
-            member.weight.copy_(stochastic_round(member.master.data, generator))
-            member.master.grad = None
+            stochastic_round_into(member.weight, member.master.data, generator)
             member.master.data = member.master.data.new_empty((0,) * member.weight.ndim)
 
     @property
@@ -305,7 +309,7 @@ class StepOptimizer:
             member.master.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact continuation needs: tensors, numbers and lists only."""
+        """Everything an exact continuation needs: tensors (divided ones where the weights are), numbers and lists only."""
         masters = {m.name: m.master.data for m in self._members if m.rounded} if self.updates == "float32_masters" else {}
         return {
             "names": self.names,
@@ -317,7 +321,7 @@ class StepOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave.
+        """Restores what :meth:`state_dict` gave, its tensors in one piece.
 
         Raises:
             TrainingError: it belongs to other parameters or other optimizers.
@@ -332,7 +336,7 @@ class StepOptimizer:
         if self.updates == "float32_masters":
             for member in self._members:
                 if member.rounded:
-                    member.master.copy_(state["masters"][member.name])
+                    member.master.copy_(divided_like(state["masters"][member.name], member.master))
         for optimizer, content in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer_state(optimizer, content)
         self.steps_done = state["steps_done"]

@@ -11,6 +11,7 @@ from torch import nn
 
 from finesight.errors import RecipeError
 from finesight.models.parameters import part_of
+from finesight.models.sharding import divided_like
 from finesight.recipe import TrainingSettings
 
 GroupPart = Literal["tower", "merger", "language_model"]
@@ -104,12 +105,14 @@ def _muon(named: Sequence[tuple[str, nn.Parameter]], settings: TrainingSettings)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restores the state of an optimizer of :func:`build_optimizers`; that of a paged one is paged again.
+    """Restores the state of an optimizer of :func:`build_optimizers`, divided as its parameters are; that of a paged one is paged again.
 
     bitsandbytes would move all of it to the GPU at once, and leave it there as ordinary tensors.
     """
     if not getattr(optimizer, "is_paged", False):
-        optimizer.load_state_dict(state)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        kept = {number: _divided(values, parameters[number]) for number, values in state["state"].items()}
+        optimizer.load_state_dict({**state, "state": kept})
         return
     paged: Any = optimizer
     paged.load_state_dict(state, move_to_device=False)
@@ -123,3 +126,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
                 buffer = paged.get_state_buffer(moved, dtype=value.dtype)
                 moved = buffer.copy_(value)
             values[name] = moved
+
+
+def _divided(values: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    """The state of one parameter: what has its shape is divided as it is; counters are not."""
+    return {
+        name: divided_like(value, parameter) if isinstance(value, torch.Tensor) and value.shape == parameter.shape else value
+        for name, value in values.items()
+    }

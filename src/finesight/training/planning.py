@@ -14,7 +14,7 @@ from finesight.models.compilation import compiles_well
 from finesight.planner.activations import Execution
 from finesight.planner.calibration import CONTEXT_BYTES
 from finesight.planner.catalogue import find_shape
-from finesight.planner.fit import Situation, as_stored, choose_policy, remedies
+from finesight.planner.fit import Situation, as_stored, choose_policy, gpus_that_fit, remedies
 from finesight.planner.gpus import Gpu, find_gpu
 from finesight.planner.plan import MemoryPlan
 from finesight.planner.shapes import ModelShape, shape_of
@@ -52,7 +52,9 @@ def available_bytes(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device)
     if hasattr(torch.cuda, "get_per_process_memory_fraction"):
-        room = min(room, int(torch.cuda.get_per_process_memory_fraction(device) * total))
+        # Unlike the others it takes no device without a number, which is what a single process has.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        room = min(room, int(torch.cuda.get_per_process_memory_fraction(index) * total))
     return room + CONTEXT_BYTES  # the context is there by now
 
 
@@ -104,7 +106,8 @@ def plan_here(prepared: Prepared, accelerator: Accelerator, *, config: object | 
         situation = situation_of(prepared, accelerator, total_steps=prepared.plan().total_steps, config=config)
     except ModelError:
         return None
-    return decide(situation, as_stored(situation.model, prepared.recipe), force=force)
+    model, recipe = as_stored(situation.model, prepared.recipe)
+    return decide(replace(situation, model=model), recipe, force=force)
 
 
 def decide(situation: Situation, recipe: Recipe, *, force: bool = False) -> MemoryPlan:
@@ -115,7 +118,7 @@ def decide(situation: Situation, recipe: Recipe, *, force: bool = False) -> Memo
     """
     plan = choose_policy(situation, recipe)
     if not force and not plan.fits(situation.available_bytes):
-        raise PlanError(refusal(plan, situation.available_bytes, remedies(situation, recipe)))
+        raise PlanError(refusal(plan, situation.available_bytes, remedies(situation, recipe), gpus_that_fit(situation, recipe)))
     return plan
 
 

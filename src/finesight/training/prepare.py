@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,7 +27,7 @@ from finesight.errors import BadRow, DataError, RecipeError, TemplateError
 from finesight.models.adapter_metadata import adapter_shape, restore_data_settings
 from finesight.recipe import DataSettings, Recipe, SourceSettings
 from finesight.tasks.frames import frames_of
-from finesight.tasks.graders import get_grader
+from finesight.tasks.graders import check_graders
 from finesight.tasks.reward_types import Reward
 from finesight.tasks.rewards import check_rewards, load_rewards
 from finesight.training.telemetry import counted, padding_saved, progress, sharing_ratio
@@ -105,10 +105,10 @@ class Prepared:
     def schedule(self, processes: int = 1) -> Schedule:
         """The steps of the samples to train on, planned without torch and without opening an image."""
         if self.recipe.grpo is not None:
-            return self.group_schedule()
+            return self.group_schedule(processes)
         return Schedule(self.samples, processes=processes, **self._order())
 
-    def group_schedule(self) -> GroupSchedule:
+    def group_schedule(self, processes: int = 1) -> GroupSchedule:
         """The steps of reinforcement, whose samples are prompts.
 
         Raises:
@@ -118,7 +118,7 @@ class Prepared:
         if grpo is None or rollout is None:
             raise RecipeError("Steps of groups are for reinforcement: add a section grpo to the recipe.")
         sizes = GroupSizes(grpo.num_generations, rollout.max_completion_length, grpo.steps_per_generation, grpo.num_iterations)
-        return GroupSchedule(self.samples, sizes=sizes, **self._order())
+        return GroupSchedule(self.samples, sizes=sizes, processes=processes, **self._order())
 
     def _order(self) -> dict[str, Any]:
         t = self.recipe.training
@@ -182,6 +182,7 @@ def prepare(
     processor: Processor | None = None,
     sources: Sequence[ReadResult] | None = None,
     held_out_sources: Sequence[ReadResult] | None = None,
+    reward_functions: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Prepared:
     """Reads, checks, divides and encodes the rows of a recipe. Reads no weights.
 
@@ -192,6 +193,7 @@ def prepare(
         processor: of a model that is loaded already; pixel limits of the recipe go before its own.
         sources: rows already read, in place of those that `data.train` names.
         held_out_sources: held-out rows already read, in place of `data.eval_split`.
+        reward_functions: functions in memory that `rewards` of the recipe name.
 
     Raises:
         DataError: rows cannot be used and `data.on_bad_row` is "stop"; carries all of them.
@@ -200,9 +202,8 @@ def prepare(
         EvaluationError: a grader of `evaluation.tasks` or a reward is unknown, or does not fit the rows.
     """
     if recipe.rewards:
-        load_rewards(recipe.rewards, base_dir=base_dir or Path.cwd())
-    for task in recipe.evaluation.tasks:
-        get_grader(task.grader, task.grader_options, base_dir=base_dir)  # a name misspelt is found now, not after training
+        load_rewards(recipe.rewards, base_dir=base_dir or Path.cwd(), functions=reward_functions)
+    check_graders(recipe.evaluation.tasks, base_dir=base_dir)  # what is wrong with them is found now, not after training
     recipe, notes = _effective(recipe)
     if processor is None:
         processor = load_processor(recipe.model.name_or_path, data=recipe.data, hub=recipe.model.hub, revision=recipe.model.revision)
@@ -228,7 +229,7 @@ def prepare(
     if recipe.data.eval_split is not None and is_share(recipe.data.eval_split) and not held_out_sources:
         train, held_out = hold_out(train, recipe.data.eval_split, data_seed(recipe))
     notes += [note for result in results for note in result.notes]
-    rewards = load_rewards(recipe.rewards, base_dir=base_dir or Path.cwd(), frames=frames_of(processor))
+    rewards = load_rewards(recipe.rewards, base_dir=base_dir or Path.cwd(), frames=frames_of(processor), functions=reward_functions)
     check_rewards(rewards, [*train, *held_out])
     return Prepared(
         recipe=recipe,

@@ -211,14 +211,20 @@ class RolloutSource:
     def _scored(self, samples: Sequence[Sample], *, reference: bool = False) -> dict[Sample, np.ndarray]:
         """Log-probabilities of each completion's tokens without gradients, in the same packed and shared form as an update.
 
+        Each process computes those of its share of the groups.
+
         Args:
+            samples: of whole groups, one after the other.
             reference: under the base, adapters switched off.
         """
+        size = self.grpo.num_generations
+        groups = self.maker.processes.share(len(samples) // size)
+        own = samples[groups.start * size : groups.stop * size]
         found: dict[Sample, np.ndarray] = {}
         with answering(self.packed), _without_adapters(self.packed.model) if reference else _as_it_is():
-            for plan in pack_step(samples, token_budget=self.feed.token_budget, share=self.schedule.share):
+            for plan in pack_step(own, token_budget=self.feed.token_budget, share=self.schedule.share):
                 self._score(plan, found)
-        return found
+        return dict(zip(samples, self.maker.processes.joined([found[sample] for sample in own]), strict=True))
 
     def _score(self, plan: PackPlan, found: dict[Sample, np.ndarray]) -> None:
         pack = replace(self.feed.build_pack(plan), scoring=self._scoring())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,11 @@ from finesight.data.blank import blanked
 from finesight.data.conversation import Conversation
 from finesight.data.sample import Sample
 from finesight.grpo_settings import GRPOSettings, RolloutSettings
-from finesight.sampling.forking_sampler import ForkingSampler
-from finesight.sampling.types import Completion, SamplingSettings
-from finesight.tasks.reward_types import Reward, RewardCall, RewardFailure, RewardResult
+from finesight.sampling.types import Completion, RolloutSampler, SamplingSettings
+from finesight.tasks.reward_types import Earned, Reward, RewardCall, RewardFailure, RewardResult
 from finesight.tasks.rewards import RewardSet
 from finesight.training.grpo_losses import overlong_penalty
+from finesight.training.rollout_shares import Processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class Group:
     completions: tuple[Completion, ...]
     values: dict[str, tuple[float | None, ...]]  # of each reward by its label, (G,)
     totals: tuple[float | None, ...]  # (G,) weighted sums, the penalty for length taken off; None where no reward applied
+    failures: Mapping[int, str] = field(default_factory=dict)  # of completions, by their number in the group: which rewards failed, and why
+    extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # columns that reward functions logged, (G,)
 
     @property
     def is_constant(self) -> bool:
@@ -74,11 +77,12 @@ class RolloutMaker:
         grpo, rollout: sections of the recipe.
         seed: of everything that is drawn.
         max_steps: of the run, told to reward functions.
+        processes: each samples its share of the prompts and asks for its rewards; all know of all.
     """
 
     def __init__(
         self,
-        sampler: ForkingSampler,
+        sampler: RolloutSampler,
         rewards: RewardSet,
         prompts: Sequence[Sample],
         conversations: Sequence[Conversation],
@@ -87,8 +91,10 @@ class RolloutMaker:
         rollout: RolloutSettings,
         seed: int,
         max_steps: int | None = None,
+        processes: Processes = Processes(),
     ) -> None:
         self.sampler, self.rewards, self.prompts, self.conversations = sampler, rewards, prompts, conversations
+        self.processes = processes
         self.grpo, self.rollout, self.seed, self.max_steps = grpo, rollout, seed, max_steps
         self.labels = reward_labels(rewards.rewards)
 
@@ -101,13 +107,17 @@ class RolloutMaker:
         Raises:
             DataError: an image cannot be opened.
             ModelError: the GPU has no memory to sample.
+            EngineError: another engine fails.
         """
+        self.sampler.refresh(at.step)
         groups, result = self._groups(rows, [self.prompts[row] for row in rows], at, "completions")
         # Of the first round alone: groups that replaced others were chosen for what they earn.
         figures = {**completion_figures(groups, self.rollout.max_completion_length), **reward_figures(result, groups, self.labels)}
         failures = list(result.failures)
         if ablate:
-            figures |= self._without_images(rows, groups, at)
+            blind_figures, blind_failures = self._without_images(rows, groups, at)
+            figures |= blind_figures
+            failures += blind_failures
         rounds = replaced = 0
         while rounds < self.grpo.max_resampling_rounds and (constant := [i for i, group in enumerate(groups) if group.is_constant]):
             others = self._other_rows(len(constant), {group.row for group in groups}, at, rounds)
@@ -126,22 +136,28 @@ class RolloutMaker:
         return Rollout(tuple(groups), figures, tuple(failures))
 
     def _groups(self, rows: Sequence[int], prompts: Sequence[Sample], at: Position, purpose: str) -> tuple[list[Group], RewardResult]:
-        completions = self.sampler.generate_samples(prompts, self._sampling(at.seed(self.seed, purpose)))
         size = self.grpo.num_generations
-        result = self.rewards(
-            RewardCall(
-                conversations=tuple(self.conversations[row] for row in rows for _ in range(size)),
-                texts=tuple(completion.text for completion in completions),
-                completion_ids=tuple(completion.token_ids for completion in completions),
-                group=tuple(number for number in range(len(rows)) for _ in range(size)),
-                step=at.step,
-                max_steps=self.max_steps,
-            )
+        completions, result = answers_and_rewards(
+            self.sampler,
+            self.rewards,
+            prompts,
+            [self.conversations[row] for row in rows],
+            self._sampling(at.seed(self.seed, purpose)),
+            self.processes,
+            step=at.step,
+            max_steps=self.max_steps,
         )
         totals = self._penalised(result.totals, completions)
         cuts = [slice(number * size, (number + 1) * size) for number in range(len(rows))]
         groups = [
-            Group(row, tuple(completions[cut]), {self.labels[name]: values[cut] for name, values in result.values.items()}, totals[cut])
+            Group(
+                row,
+                tuple(completions[cut]),
+                {self.labels[name]: values[cut] for name, values in result.values.items()},
+                totals[cut],
+                _failures_of(result.failures, cut),
+                {name: values[cut] for name, values in result.extra.items()},
+            )
             for row, cut in zip(rows, cuts, strict=True)
         ]
         return groups, result
@@ -154,6 +170,7 @@ class RolloutMaker:
             top_p=r.top_p,
             top_k=r.top_k,
             min_p=r.min_p,
+            stop=tuple(r.stop),
             batch_size=r.batch_size,
             num_generations=self.grpo.num_generations,
             seed=seed,
@@ -172,24 +189,70 @@ class RolloutMaker:
         chosen = np.random.default_rng(at.seed(self.seed, f"other prompts {number}")).permutation(len(left))[:count]
         return [left[place] for place in chosen]
 
-    def _without_images(self, rows: Sequence[int], groups: Sequence[Group], at: Position) -> dict[str, float]:
+    def _without_images(
+        self, rows: Sequence[int], groups: Sequence[Group], at: Position
+    ) -> tuple[dict[str, float], tuple[RewardFailure, ...]]:
         """What is earned by answers to the same prompts with grey pictures, judged as if the pictures had been seen."""
         places = [place for place, row in enumerate(rows) if self.prompts[row].visual_items]
         if not places:
-            return {}
+            return {}, ()
         seen = [groups[place] for place in places]
-        blind, _ = self._groups([rows[p] for p in places], [blanked(self.prompts[rows[p]]) for p in places], at, "images blanked")
+        blind, result = self._groups([rows[p] for p in places], [blanked(self.prompts[rows[p]]) for p in places], at, "images blanked")
         found: dict[str, float] = {}
         for name, of in [("reward", lambda group: group.totals), *((f"rewards/{n}", _value_of(n)) for n in seen[0].values)]:
             with_image, without = (_mean([value for group in side for value in of(group)]) for side in (seen, blind))
             found |= {f"image_ablation/{name}/with_image": with_image, f"image_ablation/{name}/without_image": without}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return {name: value for name, value in found.items() if math.isfinite(value)}, result.failures
+
+
+def answers_and_rewards(
+    sampler: RolloutSampler,
+    rewards: RewardSet,
+    prompts: Sequence[Sample],
+    conversations: Sequence[Conversation],
+    sampling: SamplingSettings,
+    processes: Processes,
+    *,
+    step: int,
+    max_steps: int | None = None,
+) -> tuple[list[Completion], RewardResult]:
+    """`num_generations` completions of each prompt, in the prompts' order, and what they earn.
+
+    Each process samples the completions of its share of the prompts and asks for their rewards; all learn of all. What is
+    drawn depends on the place among all prompts, and so not on the number of processes.
+
+    Args:
+        prompts: encoded; conversations: their rows.
+        step: optimizer steps done; max_steps: of the run. For reward functions.
+    """
+    share, size = processes.share(len(prompts)), sampling.num_generations
+    own = sampler.generate_samples(prompts[share], replace(sampling, first_place=share.start))
+    call = RewardCall(
+        conversations=tuple(conversation for conversation in conversations[share] for _ in range(size)),
+        texts=tuple(completion.text for completion in own),
+        completion_ids=tuple(completion.token_ids for completion in own),
+        group=tuple(number for number in range(share.start, share.stop) for _ in range(size)),
+        step=step,
+        max_steps=max_steps,
+    )
+    found = processes.exchange((own, rewards.earned(call)))
+    group = [number for number in range(len(prompts)) for _ in range(size)]
+    return [completion for part, _ in found for completion in part], rewards.result(Earned.joined([part for _, part in found]), group)
 
 
 def reward_labels(rewards: Sequence[Reward]) -> dict[str, str]:
     """Names of rewards in figures: short ones, unless two are alike."""
     short = [reward.label for reward in rewards]
     return {reward.name: label if short.count(label) == 1 else reward.name for reward, label in zip(rewards, short, strict=True)}
+
+
+def _failures_of(failures: Sequence[RewardFailure], cut: slice) -> dict[int, str]:
+    """The failures of one group's completions, in words, by their number in the group."""
+    found: dict[int, list[str]] = {}
+    for failure in failures:
+        if cut.start <= failure.index < cut.stop:
+            found.setdefault(failure.index - cut.start, []).append(f"{failure.reward}: {failure.message}")
+    return {number: "; ".join(words) for number, words in found.items()}
 
 
 def _value_of(name: str) -> Callable[[Group], tuple[float | None, ...]]:
@@ -231,5 +294,6 @@ def reward_figures(result: RewardResult, groups: Sequence[Group], labels: Mappin
             f"{prefix}/failed": float(statistics.failed),
             f"{prefix}/seconds": statistics.seconds,
         }
-    found |= {name: _mean(values) for name, values in result.metrics.items()}
+    # What functions log goes by the name that they give it, unless a figure of the run has it.
+    found |= {name if name not in found else f"logged/{name}": _mean(values) for name, values in result.metrics.items()}
     return {name: value for name, value in found.items() if math.isfinite(value)}

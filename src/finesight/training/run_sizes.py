@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from finesight.data.formats import ReadResult
 from finesight.data.pack import PackPlan
 from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes
 from finesight.recipe import Recipe
@@ -42,9 +43,14 @@ def pack_sizes(plan: PackPlan) -> PackSizes:
 
 
 def rollout_sizes(prepared: Prepared) -> RolloutSizes | None:
-    """What is sampled at once in a run of reinforcement: `rollout.batch_size` completions, all as long as they may be."""
+    """What is sampled at once in a run of reinforcement: `rollout.batch_size` completions, all as long as they may be.
+
+    Another engine samples in memory of its own; held-out prompts are answered by the model in training all the same.
+    """
     grpo, rollout = prepared.recipe.grpo, prepared.recipe.rollout
     if grpo is None or rollout is None:
+        return None
+    if rollout.engine != "builtin" and prepared.recipe.training.eval_strategy == "no":
         return None
     groups = prepared.recipe.training.train_batch_size // grpo.num_generations * grpo.steps_per_generation
     return RolloutSizes(
@@ -100,6 +106,14 @@ class DataSizes:
         if pixels == self.prepared.recipe.data.max_pixels:
             return self.prepared
         if pixels not in self._by_pixels:
-            data = self.prepared.recipe.data.model_copy(update={"max_pixels": pixels})
-            self._by_pixels[pixels] = prepare(self.prepared.recipe.model_copy(update={"data": data}))
+            own = self.prepared
+            data = own.recipe.data.model_copy(update={"max_pixels": pixels})
+            # Rows and rewards may have come from memory: what was read is encoded anew, nothing is read again.
+            self._by_pixels[pixels] = prepare(
+                own.recipe.model_copy(update={"data": data}),
+                processor=own.processor,
+                sources=[ReadResult(own.conversations, [], "messages", "rows")],
+                held_out_sources=[ReadResult(own.held_out_conversations, [], "messages", "held-out rows")],
+                reward_functions={reward.name: reward.function for reward in own.rewards if reward.function is not None},
+            )
         return self._by_pixels[pixels]

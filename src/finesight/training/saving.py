@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from finesight.data.processor import Processor
 from finesight.errors import CheckpointError
 from finesight.models.adapter_metadata import AdapterMetadata
+from finesight.models.sharding import gathered
 from finesight.recipe import Recipe
 from finesight.training.checkpoint import checkpoint_path, list_checkpoints, newest_valid, remove_old, verify_checkpoint, write_checkpoint
 from finesight.training.optimizer import StepOptimizer
@@ -28,7 +29,7 @@ from finesight.training.state import (
     write_trainer_state,
 )
 from finesight.training.telemetry import Telemetry
-from finesight.training.weights import ADAPTER, MODEL, restore_weights, save_weights, weights_folder
+from finesight.training.weights import ADAPTER, MODEL, gather_weights, restore_weights, save_weights, weights_folder
 
 
 def find_resume(output_dir: Path, resume: bool | str) -> tuple[Path | None, tuple[str, ...]]:
@@ -97,20 +98,22 @@ class RunSaver:
         Raises:
             CheckpointError: the disk refuses.
         """
-        settings = self.recipe.training
+        settings, writes = self.recipe.training, self.accelerator.is_main_process
         random_states = gather_object([random_state(self.accelerator.device)])
+        weights = gather_weights(self.model, keep=writes)
+        optimizer = None if settings.save_only_model else gathered(self.optimizer.state_dict(), keep=writes)
 
         def fill(folder: Path) -> None:
-            save_weights(self.model, folder / weights_folder(self.model), self.metadata, self.processor)
+            save_weights(self.model, folder / weights_folder(self.model), self.metadata, self.processor, weights)
             write_trainer_state(folder, state, self.recipe, self.fingerprint)
             if settings.save_only_model:
                 return
-            save_tree(folder, "optimizer", self.optimizer.state_dict())
+            save_tree(folder, "optimizer", optimizer)
             save_tree(folder, "scaler", None if self.scaler is None else self.scaler.state_dict())
             for process, content in enumerate(random_states):
                 save_tree(folder, f"random-{process}", content)
 
-        if self.accelerator.is_main_process:
+        if writes:
             about = {"resumable": not settings.save_only_model, "best_step": state.best_step}
             try:
                 path = write_checkpoint(self.output_dir, state.step, fill, about)

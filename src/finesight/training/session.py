@@ -8,6 +8,7 @@ import random
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from transformers import PreTrainedModel
 from finesight.allocator import use_expandable_segments
 from finesight.data.feed import Feed
 from finesight.data.processor import Processor
-from finesight.errors import ModelError, RecipeError
+from finesight.errors import FinesightError, ModelError, RecipeError
 from finesight.models.adapter_metadata import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
-from finesight.models.load import LoadedModel, load_model
+from finesight.models.load import LoadedModel
 from finesight.models.packed import PackedModel
 from finesight.models.parameters import ParameterCounts, count_parameters
 from finesight.models.tuning_notes import thinking_warning
@@ -48,15 +49,19 @@ from finesight.training.optimizer import StepOptimizer
 from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
+from finesight.training.processes import load_for_training, over_processes, refuse_to_share_alone
+from finesight.training.rollout_engine import rollout_engine
+from finesight.training.rollout_shares import Processes
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.rollouts import RolloutMaker
+from finesight.training.run_report import write_run_report
 from finesight.training.saving import RunSaver
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.state import TrainerState, data_fingerprint
 from finesight.training.telemetry import Telemetry, counted, duration
 from finesight.training.trackers import LOGS, flat_settings, tracker_arguments
 from finesight.training.validation import HeldOutValidation
-from finesight.training.weights import save_weights, weights_folder
+from finesight.training.weights import gather_weights, save_weights, weights_folder
 
 
 @dataclass(eq=False)
@@ -70,7 +75,7 @@ class RunResult:
     stop_reason: StopReason
     plan: Plan
     parameters: ParameterCounts
-    model: PreTrainedModel | PeftModel = field(repr=False)  # as it is in memory at the end
+    model: PreTrainedModel | PeftModel = field(repr=False)  # as it is in memory at the end; under training.sharding only a part of it
     processor: Processor = field(repr=False)
 
     @property
@@ -96,13 +101,12 @@ def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | N
     use_expandable_segments()
     # accelerate keeps its state for the whole process; a second run in it may want other settings.
     AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
+    refuse_to_share_alone(recipe.training, int(os.environ.get("WORLD_SIZE", "1")))
     if recipe.training.gradient_release and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError(
             "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
             "on one GPU"
         )
-    if recipe.grpo is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("grpo trains on a single GPU so far: start it without torchrun, as one process")
     # Rows without images leave the tower's parameters without gradients.
     tower_trains = recipe.tuning.finetune_vision_layers or recipe.tuning.finetune_merger
     # Buffers (scales of quantised weights, rotary frequencies) are constants, the same in every process.
@@ -151,6 +155,8 @@ class Session:
         self.output_dir = Path(self.recipe.training.output_dir)
         self.plan = prepared.plan()
         self.begun = time.time()
+        # Before the model is loaded, which takes longer than to find out that a server is missing.
+        self.engine = rollout_engine(prepared, accelerator, self._save_adapter, self._say)
         # Adapters are drawn the same on all processes; what dropout draws afterwards differs between them.
         self.loaded = loaded or self._load()
         self.model = apply_tuning(self.loaded.model, self.recipe.tuning, self.loaded.family, self.recipe.training.seed)
@@ -166,7 +172,7 @@ class Session:
         )
         self.steady_tokens = STEADY_TOKENS if compiled else None
         self.kept = keep_features(prepared, self.plan, self.packed, accelerator, self._say)
-        self.wrapped = accelerator.prepare_model(self.packed)
+        self.wrapped = over_processes(self.packed, accelerator, self.recipe.training)
         self.optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
         self._refuse_rows_that_train_nothing()
         self._refuse_release()
@@ -179,7 +185,12 @@ class Session:
         grpo, rollout = self.recipe.grpo, self.recipe.rollout
         if grpo is None or rollout is None:
             return SupervisedFineTuning()
-        return GRPO(grpo, rollout.max_completion_length)
+        return GRPO(
+            grpo,
+            rollout.max_completion_length,
+            corrects_sampler=rollout.engine != "builtin",
+            gather=lambda own: self.accelerator.gather(own[None]),
+        )
 
     def _compile_layers(self) -> bool:
         """Whether layers are compiled: as the recipe says, or where it pays."""
@@ -204,8 +215,7 @@ class Session:
 
     def _load(self) -> LoadedModel:
         self._say(f"Loading {self.recipe.model.name_or_path}")
-        going_on = self.recipe.model.adapter is not None
-        return load_model(self.recipe.model, data=self.recipe.data, device=self.accelerator.device, train_adapter=going_on)
+        return load_for_training(self.recipe, self.accelerator.device)
 
     def _refuse_rows_that_train_nothing(self) -> None:
         """Where only tower and merger train, a pack of text alone has no gradient, for which other processes would wait."""
@@ -265,6 +275,9 @@ class Session:
             with suppress(ModelError):  # the model goes back to its owner whole, if it can; the first error is the one to tell
                 self.packed.tower_place.present()
             raise
+        finally:
+            if self.engine is not None:
+                self.engine.close()
 
     def _train(self, state: TrainerState, saver: RunSaver) -> RunResult:
         with Telemetry(
@@ -313,7 +326,14 @@ class Session:
             "stored": None if self.kept is None else self.kept.stored,
             "patch_dtype": patch_dtype(self.packed.base.model.visual),
         }
-        sampler = ForkingSampler(self.packed, self.prepared.processor, image_first=self.recipe.data.image_first)
+        sampler = ForkingSampler(
+            self.packed,
+            self.prepared.processor,
+            image_first=self.recipe.data.image_first,
+            # A few sample answers would not repay it; rollouts, which take most of a step, do wherever compiled updates do.
+            compile_layers=self.steady_tokens is not None and self.recipe.grpo is not None,
+            say=self._say,
+        )
         rewards = RewardSet(self.prepared.rewards)
         feed = self.prepared.feed(**processes)
         source: StepSource = feed if self.recipe.grpo is None else self._rollout_source(feed, sampler, rewards, telemetry)
@@ -321,7 +341,13 @@ class Session:
         if self.prepared.held_out and self.recipe.training.eval_strategy != "no":
             if self.recipe.grpo is not None:
                 validation = HeldOutReward(
-                    sampler, rewards, self.prepared.held_out, self.prepared.held_out_conversations, self._answer_sampling()
+                    sampler,
+                    rewards,
+                    self.prepared.held_out,
+                    self.prepared.held_out_conversations,
+                    self._answer_sampling(),
+                    Processes.of(self.accelerator),
+                    telemetry,
                 )
             else:
                 validation = self._held_out_loss(processes, sampler, telemetry)
@@ -360,6 +386,7 @@ class Session:
         return SamplingSettings(
             max_completion_length=evaluation.max_completion_length if rollout is None else rollout.max_completion_length,
             temperature=evaluation.temperature,
+            stop=() if rollout is None else tuple(rollout.stop),
             batch_size=evaluation.batch_size if rollout is None else rollout.batch_size,
         )
 
@@ -368,7 +395,7 @@ class Session:
         if grpo is None or rollout is None:
             raise RecipeError("Rollouts are for reinforcement: add a section grpo to the recipe.")
         maker = RolloutMaker(
-            sampler,
+            self.engine or sampler,
             rewards,
             prepared.samples,
             prepared.conversations,
@@ -376,9 +403,12 @@ class Session:
             rollout=rollout,
             seed=data_seed(self.recipe),
             max_steps=self.plan.total_steps,
+            processes=Processes.of(self.accelerator),
         )
-        watcher = RolloutLog(self.output_dir, prepared.conversations, telemetry)
-        return RolloutSource(feed, prepared.group_schedule(), maker, self.packed, watcher)
+        schedule = prepared.group_schedule(self.accelerator.num_processes)
+        if not self.accelerator.is_main_process:  # all know of every rollout; one writes
+            return RolloutSource(feed, schedule, maker, self.packed)
+        return RolloutSource(feed, schedule, maker, self.packed, RolloutLog(self.output_dir, prepared.conversations, telemetry))
 
     def _finish(self, state: TrainerState, reason: StopReason, telemetry: Telemetry, saver: RunSaver) -> RunResult:
         name = weights_folder(self.model)
@@ -389,8 +419,9 @@ class Session:
                 measured = "loss" if self.recipe.grpo is None else "reward"
                 self._say(f"Weights of step {state.best_step}, held-out {measured} {state.best_metric:.4f}")
             weights_dir = self.output_dir / name
+            weights = gather_weights(self.model, keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
-                write_folder(weights_dir, self._fill)
+                write_folder(weights_dir, partial(self._fill, weights))
         self.model.eval()
         self.packed.tower_place.present()
         if self.kept is not None:  # up to a quarter of the memory that was free
@@ -398,6 +429,7 @@ class Session:
             self.kept = self.packed.feature_cache = None
         if self.accelerator.is_main_process:
             self._write_run(state, reason)
+            self._write_report()
         if self.recipe.training.report_to:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
@@ -414,9 +446,24 @@ class Session:
             processor=self.prepared.processor,
         )
 
-    def _fill(self, folder: Path) -> None:
+    def _save_adapter(self, folder: Path) -> None:
         save_weights(self.model, folder, self.metadata, self.prepared.processor)
+
+    def _fill(self, weights: dict[str, torch.Tensor] | None, folder: Path) -> None:
+        save_weights(self.model, folder, self.metadata, self.prepared.processor, weights)
         (folder / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
+
+    def _write_report(self) -> None:
+        """Of reinforcement: curves and completions. What goes wrong with it is told and costs the run nothing."""
+        if self.recipe.grpo is None:
+            return
+        try:
+            path = write_run_report(self.output_dir)
+        except (FinesightError, OSError) as error:
+            self._say(f"Note: the report of the run could not be written: {error}")
+        else:
+            if path is not None:
+                self._say(f"Report: {path}")
 
     def _write_run(self, state: TrainerState, reason: StopReason) -> None:
         """Writes `run.json`: what ran where, with which versions, and how it ended."""

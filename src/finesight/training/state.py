@@ -35,6 +35,7 @@ _FREE_TO_CHANGE = frozenset(
         "training.token_budget",
         "training.gradient_checkpointing",
         "training.mlp_chunk_tokens",
+        "training.sharding",
         "training.logging_steps",
         "training.save_strategy",
         "training.save_steps",
@@ -49,6 +50,10 @@ _FREE_TO_CHANGE = frozenset(
         "training.report_to",
         "training.num_workers",
         "rollout.batch_size",
+        "rollout.url",
+        "rollout.model",
+        "rollout.api_key_env",
+        "rollout.timeout_s",
     }
 )
 

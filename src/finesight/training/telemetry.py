@@ -68,7 +68,7 @@ class _Window:
             if len(set(last.learning_rates.values())) > 1
             else {}
         )
-        return {
+        own = {
             "step": last.step,
             "epoch": round(last.epoch, 6),
             "loss": sum(f.loss * f.num_targets for f in self.figures) / max(total("num_targets"), 1),
@@ -84,8 +84,9 @@ class _Window:
             "data_wait_share": min(1.0, sum(f.data_wait_s for f in self.figures) / seconds),
             **self._hit_rate(),
             "seconds": seconds,
-            **self._further(),
         }
+        # A reward function may log a figure under any name; it must not pass for one of the run's own.
+        return own | {name if name not in own else f"logged/{name}": value for name, value in self._further().items()}
 
     def _further(self) -> dict[str, float]:
         """Means of what algorithms tell, each over the steps that told it."""

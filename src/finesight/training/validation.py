@@ -18,11 +18,12 @@ from finesight.data.media import open_image, read_frames
 from finesight.errors import MediaError
 from finesight.models.memory import first_sentence, is_out_of_memory, release_memory
 from finesight.models.packed import PackedModel
+from finesight.models.sharding import is_sharded, release_gathered
 from finesight.sampling.types import Sampler, SamplingSettings
 from finesight.training.ahead import StepsAhead
 from finesight.training.kept_features import KeptFeatures
 from finesight.training.losses import sft_loss
-from finesight.training.out_of_memory import DidNotFit, single_sample_error, smaller_budget
+from finesight.training.out_of_memory import DidNotFit, several_processes_error, single_sample_error, smaller_budget
 from finesight.training.telemetry import Telemetry
 
 SAMPLES = "samples"
@@ -99,6 +100,7 @@ class HeldOutValidation:
                 if failed is not None:
                     step = self._divide(step, failed, at)
         self.model.train(training)
+        release_gathered(self.model)
         return float(self.accelerator.reduce(total, reduction="sum")) / weight
 
     def _add_packs(self, total: torch.Tensor, step: Step, ahead: StepsAhead, done: int) -> tuple[int, DidNotFit | None]:
@@ -116,6 +118,8 @@ class HeldOutValidation:
     def _divide(self, step: Step, failed: DidNotFit, at: int) -> Step:
         """The step with the pack that did not fit in two; the packs of later steps are smaller from the start."""
         release_memory(self.accelerator.device)
+        if is_sharded(self.model):  # others wait for this process to gather weights with them
+            raise several_processes_error(step, failed, self.accelerator.process_index)
         divided = self.feed.divide(step, failed.pack)
         if divided is None:
             raise single_sample_error(step, failed)

@@ -12,16 +12,16 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from finesight.data.processor import Processor
 from finesight.errors import CheckpointError
-from finesight.models.adapter_files import save_adapter
+from finesight.models.adapter_files import adapter_weights, save_adapter
 from finesight.models.adapter_metadata import ADAPTER_WEIGHTS, METADATA, AdapterMetadata
 from finesight.models.load import without_library_bars
+from finesight.models.sharding import divided_like, gathered, is_sharded
 
 ADAPTER, MODEL = "adapter", "model"
 
@@ -31,14 +31,45 @@ def weights_folder(model: torch.nn.Module) -> str:
     return ADAPTER if isinstance(model, PeftModel) else MODEL
 
 
-def save_weights(model: PreTrainedModel | PeftModel, folder: Path, metadata: AdapterMetadata, processor: Processor) -> None:
-    """Writes the adapter, or the whole model with its processor, and what it was trained under (`finesight.json`)."""
+def gather_weights(model: PreTrainedModel | PeftModel, *, keep: bool) -> dict[str, torch.Tensor] | None:
+    """What :func:`save_weights` writes of a model that is divided over processes, in one piece; None where it is not divided.
+
+    Collective.
+
+    Args:
+        keep: whether this process is the one that writes.
+    """
+    if not is_sharded(model):
+        return None
     if isinstance(model, PeftModel):
-        save_adapter(model, folder, metadata)
+        own = adapter_weights(model)
+    else:
+        # The variables themselves, so that a matrix that embedding and lm_head share is known for one.
+        named = model.state_dict(keep_vars=True)
+        first_names = {id(tensor): name for name, tensor in reversed(named.items())}
+        own = {name: tensor.detach() for name, tensor in named.items() if first_names[id(tensor)] == name}
+    weights: dict[str, torch.Tensor] = gathered(own, keep=keep)
+    return weights
+
+
+def save_weights(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    metadata: AdapterMetadata,
+    processor: Processor,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes the adapter, or the whole model with its processor, and what it was trained under (`finesight.json`).
+
+    Args:
+        weights: of :func:`gather_weights`; None: the model's own.
+    """
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder, metadata, weights)
         return
     folder.mkdir(parents=True, exist_ok=True)
     with without_library_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
@@ -65,12 +96,17 @@ def _restore_adapter(model: PeftModel, folder: Path) -> None:
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} cannot be read ({error}). Use another checkpoint.") from None
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = adapter_weights(model)
     differing = set(own) ^ set(weights) or {name for name in own if own[name].shape != weights[name].shape}
     if differing:
         raise CheckpointError(
             f"{folder} holds another adapter than this run trains (differs in {sorted(differing)[0]}). Use another checkpoint."
         )
+    if is_sharded(model):
+        with torch.no_grad():
+            for name, tensor in own.items():  # shares its memory with the parameter
+                tensor.copy_(divided_like(weights[name], tensor))
+        return
     set_peft_model_state_dict(model, weights)
 
 
@@ -90,7 +126,7 @@ def _restore_model(model: PreTrainedModel, folder: Path) -> None:
             f"{folder} holds another model than this run trains (differs in {sorted(differing)[0]}). Use another checkpoint."
         )
     for name, parameter in own.items():
-        parameter.copy_(weights[name])
+        parameter.copy_(divided_like(weights[name], parameter))
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,0 +1,348 @@
+"""The update of reinforcement by itself: shared prompts against prompts computed anew for each completion. Lines of JSON.
+
+    python -m bench.group_update --model qwen3-vl-4b --bpe qwen.tiktoken --compile
+
+Completions are fixed random tokens, advantages and old log-probabilities are fixed too, so that both forms have the same
+targets, the same loss and the same gradients; row `grpo_compared` says how near they are. A step (`grpo_update`) is one group:
+forward and backward pass of its packs, clipping, and the optimizer's step; the tower is computed in it, once for each pack.
+Activation memory is the peak of a step over what is allocated before it. Row `grpo_memory`: the same for larger groups under the
+activation policy full, in one pack and split over several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import models
+from bench.checkpoint import write_processor
+from bench.group_prompts import completions, conversations, encoded
+from bench.rows import Row, emit, failed, significant
+from bench.workload import TINY_GROUP, GroupSetting
+from finesight.data.batch import PackedBatch, Scoring
+from finesight.data.feed import Feed, Step
+from finesight.data.pack import PackPlan
+from finesight.data.processor import Processor, load_processor
+from finesight.data.sample import Sample
+from finesight.data.steps import StepPlan, plan_packs
+from finesight.models.adapters import apply_tuning
+from finesight.models.compilation import STEADY_TOKENS, keep_compiled_code
+from finesight.models.packed import PackedModel
+from finesight.models.vision import patch_dtype
+from finesight.recipe import Recipe
+from finesight.recipe_files import load_recipe
+from finesight.sampling.forking_sampler import answering
+from finesight.training.completion_targets import CompletionTargets, by_completion, by_record
+from finesight.training.grpo import GRPO
+from finesight.training.optimizer import StepOptimizer
+
+GIB = 2**30
+WARM, STEPS = 2, 4
+ONE_PACK = 1 << 14  # token budget that takes a group of 8 unshared, or one of 32 shared
+SIZES = (4, 32)  # of groups, whose memory is compared
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an update is computed."""
+
+    shared: bool
+    policy: str  # of activations
+    compiled: bool
+    token_budget: int = ONE_PACK
+    generations: int = 8
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """What is fixed of a completion besides its tokens."""
+
+    advantage: float
+    old_logprobs: np.ndarray  # (its tokens,) float32
+
+
+def own_share_bytes(text_config: Any, tokens: int, width: int) -> int:
+    """What completions of so many tokens take by themselves under the policy full: the inputs of all decoder layers.
+
+    Working memory of a layer and the vocabulary's logits are not counted: they need not grow with the group.
+    """
+    layers: int = text_config.num_hidden_layers
+    hidden: int = text_config.hidden_size
+    return tokens * layers * hidden * width
+
+
+class UpdateBench:
+    """One adapted model, updated in one form after another.
+
+    Args:
+        a: options of the script.
+        common: of every row.
+    """
+
+    def __init__(self, a: argparse.Namespace, processor: Processor, recipe: Recipe, common: Row) -> None:
+        self.a, self.processor, self.recipe, self.common = a, processor, recipe, common
+        self.on_gpu = a.device == "cuda"
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        base = models.build(a.model, device=a.device, dtype=dtype).eval()
+        self.model: Any = apply_tuning(base, recipe.tuning, processor.family, recipe.training.seed)
+        generator = torch.Generator(a.device).manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if ".lora_B." in name:  # zeros otherwise, which leave A without gradients
+                    parameter.normal_(0, 0.01, generator=generator)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        (self.prompt,) = encoded(processor, conversations(processor, a.setting, 1))
+        self.groups: dict[int, tuple[list[Sample], dict[Sample, About]]] = {}  # by the number of completions
+        self.split = replace(a.setting, generations=8).group_tokens  # token budget: a pack takes 8 completions
+        self.notes: list[str] = []
+
+    # --- what is computed ---------------------------------------------------------------------------------------
+
+    def packed(self, form: Form) -> PackedModel:
+        def say(text: str) -> None:
+            self.notes.append(text)
+            sys.stderr.write(text + "\n")
+
+        self.notes.clear()
+        return PackedModel(self.model, gradient_checkpointing=form.policy, compile_layers=form.compiled, say=say).train()
+
+    def step_of(self, form: Form, packed: PackedModel) -> Step:
+        """The step of one group, on the device."""
+        samples, about = self.group(form.generations)
+        plan, feed = self.plan(samples, form), self.feed(form, packed)
+        step = feed.build(plan)
+        packs = [self.with_targets(pack, chosen, about).to(packed.device) for pack, chosen in zip(step.packs, plan.plans, strict=True)]
+        return replace(step, packs=packs, plan=plan)
+
+    def group(self, generations: int) -> tuple[list[Sample], dict[Sample, About]]:
+        """A prompt's completions and what is known of them, made once.
+
+        Old log-probabilities are those of the model as it is at first, moved by noise, so that ratios differ from 1.
+        """
+        if generations not in self.groups:
+            samples = completions(replace(self.a.setting, generations=generations), self.prompt, seed=generations)
+            random = np.random.default_rng(generations)
+            advantages = random.standard_normal(generations)
+            advantages = (advantages - advantages.mean()) / advantages.std()
+            logprobs = self.scored(samples, Form(True, "none", False, self.split, generations))
+            about = {
+                sample: About(float(advantage), (own + random.normal(0, 0.1, len(own))).astype(np.float32))
+                for sample, advantage, own in zip(samples, advantages, logprobs, strict=True)
+            }
+            self.groups[generations] = samples, about
+        return self.groups[generations]
+
+    def scored(self, samples: Sequence[Sample], form: Form) -> list[np.ndarray]:
+        """Log-probabilities of each completion's tokens, without gradients."""
+        packed = self.packed(form)
+        feed = self.feed(form, packed)
+        found: dict[Sample, np.ndarray] = {}
+        with answering(packed):
+            for plan in self.plan(samples, form).plans:
+                pack = replace(feed.build_pack(plan), scoring=self.scoring())
+                records = packed(pack.to(packed.device)).float().cpu().numpy()
+                found.update(zip(plan.samples, by_completion(pack, records), strict=True))
+        return [found[sample] for sample in samples]
+
+    def plan(self, samples: Sequence[Sample], form: Form) -> StepPlan:
+        plans, deal = plan_packs(samples, token_budget=form.token_budget, share=form.shared)
+        return StepPlan(tuple(plans), deal, 0, 0, form.token_budget)
+
+    def feed(self, form: Form, packed: PackedModel) -> Feed:
+        return Feed(
+            [self.prompt],
+            self.processor,
+            train_batch_size=1,
+            token_budget=form.token_budget,
+            tower=packed.tower_shape,
+            steady_tokens=STEADY_TOKENS if form.compiled else None,
+            patch_dtype=patch_dtype(packed.base.model.visual),
+        )
+
+    def scoring(self, *, entropies: bool = False) -> Scoring:
+        """As of a run: the sampler's temperature, tokens that are never drawn."""
+        forbidden = torch.tensor(sorted((self.processor.image_token_id, self.processor.video_token_id)))
+        return Scoring(1.0, forbidden, entropies)
+
+    def with_targets(self, pack: PackedBatch, plan: PackPlan, about: dict[Sample, About]) -> PackedBatch:
+        known = [about[sample] for sample in plan.samples]
+        old = by_record(pack, [one.old_logprobs for one in known])
+        table = CompletionTargets(
+            torch.tensor([one.advantage for one in known], dtype=torch.float32), sampler_logprobs=old, old_logprobs=old
+        )
+        return replace(pack, scoring=self.scoring(entropies=True), about_targets=table)
+
+    def gradients(self, packed: PackedModel, step: Step, optimizer: StepOptimizer | None = None) -> torch.Tensor:
+        """Adds up the gradients of a step; returns its loss."""
+        grpo, rollout = self.recipe.grpo, self.recipe.rollout
+        if grpo is None or rollout is None:
+            raise ValueError("the recipe is not of reinforcement")
+        algorithm = GRPO(grpo, rollout.max_completion_length)
+        algorithm.begin(step)
+        losses = []
+        for pack in step.packs:
+            loss = algorithm.loss(packed(pack), pack, step)
+            loss.backward()
+            losses.append(loss.detach())
+            if optimizer is not None:
+                optimizer.collect_gradients()
+        return torch.stack(losses).sum()
+
+    # --- what is measured ---------------------------------------------------------------------------------------
+
+    def rows(self, *, compiled: bool) -> Iterator[Row]:
+        """All rows, what takes least first; what fails is a row, and the others go on."""
+        yield self._part({"row": "grpo_compared"}, self.compared)
+        forms = [Form(shared, "selective", False) for shared in (True, False)]
+        yield from self._timed(forms)
+        for budget in (self.split, ONE_PACK):
+            for generations in SIZES:
+                form = Form(True, "full", False, budget, generations)
+                yield self._part({"row": "grpo_memory", **self._settings(form)}, partial(self.measured, form, warm=1, steps=1))
+        if compiled:
+            yield from self._timed([replace(form, compiled=True) for form in forms])
+
+    def _timed(self, forms: Sequence[Form]) -> Iterator[Row]:
+        for form in forms:
+            yield self._part({"row": "grpo_update", **self._settings(form)}, partial(self.measured, form, WARM, STEPS))
+
+    def _settings(self, form: Form) -> Row:
+        names = ("shared", "policy", "compiled", "token_budget", "generations")
+        return {name: getattr(form, name) for name in names}
+
+    def _part(self, row: Row, measure: Callable[[], Row]) -> Row:
+        row = {**self.common, **row}
+        if time.monotonic() > self.a.stop_at:
+            return failed(row, "not measured: the time of this script was used up")
+        begun = time.monotonic()
+        try:
+            row = {**row, **measure(), "notes": list(self.notes)}
+        except Exception as error:  # one part of many
+            row = failed(row, error)
+        self.clear()
+        return {**row, "part_s": round(time.monotonic() - begun, 1)}
+
+    def clear(self) -> None:
+        """Lets go of gradients and of what nobody holds any more."""
+        for parameter in self.trained:
+            parameter.grad = None
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def compared(self) -> Row:
+        """Loss and gradients of the shared form against the unshared one, nothing compiled."""
+        losses, gradients = [], []
+        for shared in (False, True):
+            form = Form(shared, "selective", False)
+            packed = self.packed(form)
+            losses.append(float(self.gradients(packed, self.step_of(form, packed))))
+            gradients.append([parameter.grad for parameter in self.trained])
+            for parameter in self.trained:
+                parameter.grad = None
+        squares = [
+            (float((a.float() - b.float()).square().sum()), float(a.float().square().sum())) for a, b in zip(*gradients, strict=True)
+        ]
+        apart, whole = (sum(column) for column in zip(*squares, strict=True))
+        return {
+            "loss_unshared": significant(losses[0], 6),
+            "loss_shared": significant(losses[1], 6),
+            "loss_apart": significant(abs(losses[1] - losses[0])),
+            "gradient_norm": significant(whole**0.5),
+            "gradients_apart": significant((apart / whole) ** 0.5, 3),
+        }
+
+    def measured(self, form: Form, warm: int, steps: int) -> Row:
+        """Seconds of an update, and the memory that it takes beyond what is there."""
+        packed = self.packed(form)
+        step = self.step_of(form, packed)
+        optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
+        seconds, losses = [], []
+        before = peak = 0
+        for number in range(warm + steps):
+            if number == warm and self.on_gpu:
+                gc.collect()
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            begun = time.perf_counter()
+            loss = self.gradients(packed, step, optimizer)
+            optimizer.clip_gradients(self.recipe.training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss))  # waits for the device, as the loop does
+            seconds.append(time.perf_counter() - begun)
+        if self.on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+        plan = self.plan(self.group(form.generations)[0], form)
+        config, width = packed.base.config.text_config, packed.compute_dtype.itemsize
+        return {
+            "packs": len(step.packs),
+            "tokens": sum(pack.num_tokens for pack in plan.plans),
+            "largest_pack_tokens": max(pack.num_tokens for pack in plan.plans),
+            "targets": step.num_targets,
+            "steps": steps,
+            "step_s": significant(statistics.median(seconds[warm:])),
+            "first_step_s": significant(seconds[0]),
+            "losses": [significant(value, 6) for value in losses],
+            "own_share_gib": round(own_share_bytes(config, form.generations * self.a.setting.completion_tokens, width) / GIB, 4),
+            **({"before_gib": round(before / GIB, 4), "activations_gib": round((peak - before) / GIB, 4)} if self.on_gpu else {}),
+        }
+
+
+def recipe_of(checkpoint: Path, setting: GroupSetting) -> Recipe:
+    """The recipe whose updates are measured."""
+    return load_recipe(
+        None,
+        [
+            f"model.name_or_path={checkpoint}",
+            f"grpo.num_generations={setting.generations}",
+            f"rollout.max_completion_length={setting.completion_tokens}",
+            "rewards=[bench.group_prompts:first_token_is_even]",
+        ],
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen3-vl-4b", choices=models.NAMES)
+    parser.add_argument("--compile", action="store_true", help="measure compiled layers too")
+    parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--time-limit", type=float, default=100, help="seconds after which no further part begins")
+    parser.add_argument("--tiny", action="store_true", help="only try it: the tiny model of the family")
+    a = parser.parse_args(arguments)
+    a.stop_at = time.monotonic() + a.time_limit
+    a.setting = TINY_GROUP if a.tiny else GroupSetting()
+    a.model = models.tiny_of(a.model) if a.tiny else a.model
+    common: Row = {
+        "model": a.model, "visual_tokens": a.setting.visual_tokens, "text_tokens": a.setting.text_tokens,
+        "completion_tokens": a.setting.completion_tokens, "precision": "bf16" if a.device == "cuda" else "float32",
+    }  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(prefix="finesight-bench-") as folder:
+            if a.device == "cuda":
+                keep_compiled_code()
+            recipe = recipe_of(write_processor(a.model, folder, a.bpe), a.setting)
+            bench = UpdateBench(a, load_processor(folder, data=recipe.data), recipe, common)
+            for row in bench.rows(compiled=a.compile):
+                emit(row)
+    except Exception as error:
+        emit(failed({**common, "row": "grpo_compared"}, error))
+
+
+if __name__ == "__main__":
+    main()
