@@ -31,8 +31,8 @@ def test_equals_the_plain_formula(ranks: tuple[int, ...], biased: bool) -> None:
     ("sizes", "inputs"), [((4096, 1024, 1024), 2560), ((9728, 9728), 2560), ((2560,), 4096), ((2560,), 9728), ((512,), 512)]
 )
 def test_tiles_keep_a_large_gpu_busy(sizes: tuple[int, ...], inputs: int) -> None:
-    """Programs of the layers of Qwen3-VL-4B: one for each processor of an H200 at least, or as many as a small product gives."""
+    """Programs of the layers of Qwen3-VL-4B: for most of the processors of an H200, where 96 to 152 were fastest."""
     tiles = tiles_for(sizes, inputs)
     programs = tiles.parts * sum(-(-size // tiles.outputs) for size in sizes)
-    assert programs >= (132 if inputs > 512 else 16)
+    assert 96 <= programs <= 160 if inputs > 512 else programs == 8
     assert inputs // tiles.parts >= 2 * tiles.inputs, "a part is too short for loads to be in flight"

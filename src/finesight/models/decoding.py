@@ -94,8 +94,9 @@ def block_bytes(text_config: Any, dtype: torch.dtype) -> int:
 class Bundles(NamedTuple):
     """Rows that go on from the same prompt, whose keys and values are read once for all of a bundle's rows."""
 
-    members: torch.Tensor  # (B, R) int64: the rows of the bundle that a row leads, -1 in other places
-    prompt_blocks: torch.Tensor  # (B,) int64: blocks at the front of a row's table that its bundle has in common
+    members: torch.Tensor  # (B, R) int64: the rows of each bundle, -1 in other places; bundles come first, then empty lines
+    count: torch.Tensor  # () int64: bundles
+    prompt_blocks: torch.Tensor  # (B,) int64, by row: blocks at the front of its table that its bundle has in common
 
 
 def bundles_of(table: torch.Tensor, prompt_blocks: torch.Tensor) -> Bundles:
@@ -105,15 +106,18 @@ def bundles_of(table: torch.Tensor, prompt_blocks: torch.Tensor) -> Bundles:
 
     Args:
         table: (B, M) int64. A block at its front that is shared belongs to one prompt alone.
-        prompt_blocks: (B,) int64: blocks at the front that hold nothing but the prompt; 0 where there are none.
+        prompt_blocks: (B,) int64: blocks at the front that hold nothing but the prompt; rows with 0 are in no bundle.
     """
     rows = torch.arange(len(table), device=table.device)
-    alike = table[:, None, 0] == table[None, :, 0]
+    alike = (table[:, None, 0] == table[None, :, 0]) & (prompt_blocks > 0)
     place = (alike & (rows[None, :] < rows[:, None])).sum(dim=1)  # among the rows of the same prompt
-    leads = alike & (place[None, :] == (place - place % BUNDLE_ROWS)[:, None])  # exactly one of each row of the matrix
-    members = torch.full((len(table), BUNDLE_ROWS), -1, dtype=torch.int64, device=table.device)
-    members[leads.to(torch.uint8).argmax(dim=1), place % BUNDLE_ROWS] = rows
-    return Bundles(members, prompt_blocks)
+    leads = (place % BUNDLE_ROWS == 0) & (prompt_blocks > 0)
+    number = leads.cumsum(0) - 1  # of the bundle that a row leads
+    of_leader = alike & (place[None, :] == (place - place % BUNDLE_ROWS)[:, None])  # at most one of each line
+    bundle = torch.where(prompt_blocks > 0, number[of_leader.to(torch.uint8).argmax(dim=1)], len(table))
+    members = torch.full((len(table) + 1, BUNDLE_ROWS), -1, dtype=torch.int64, device=table.device)  # the last line is of no bundle
+    members[bundle, place % BUNDLE_ROWS] = rows
+    return Bundles(members[:-1], leads.sum(), prompt_blocks)
 
 
 class Decoder:

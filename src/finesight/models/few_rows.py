@@ -31,21 +31,21 @@ class Tiles(NamedTuple):
     stages: int  # loads in flight
 
 
-# Programs that a launch should have at least and at most, about one and three for each processor of a large GPU.
-_FEWEST_PROGRAMS, _MOST_PROGRAMS = 132, 396
+# One for each processor of a large GPU.
+_PROGRAMS = 132
 _MOST_PARTS = 8  # each is one more pass over the outputs in float32
 
 
 def tiles_for(sizes: Sequence[int], inputs: int) -> Tiles:
-    """For layers (O, I) of one input.
+    """For layers (O, I) of one input: the fastest of those measured for Qwen3-VL-4B on an H200 (bench/few_rows.py), by rule.
 
     Args:
         sizes: O of each.
     """
-    outputs = 128 if sum(sizes) >= 2048 else 64
-    programs = sum(-(-size // outputs) for size in sizes)
-    parts = max(1, min(_MOST_PARTS, -(-_FEWEST_PROGRAMS // programs), inputs // 256))
-    return Tiles(outputs, 64, parts, 4, 4)
+    if sum(sizes) >= 128 * _PROGRAMS:
+        return Tiles(128, 64, 1, 4, 4)
+    programs = sum(-(-size // 64) for size in sizes)
+    return Tiles(64, 128, max(1, min(_MOST_PARTS, _PROGRAMS // programs, inputs // 512)), 4, 4)
 
 
 # Opaque to compilers, and the number of rows is looked at inside: code compiled for any number of rows serves all.
