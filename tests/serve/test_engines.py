@@ -261,3 +261,22 @@ def test_what_is_not_started(base, installed, serve):
     assert status == 2 and "older than 0.20.0" in errors
     status, _, errors = serve("--model", base, "--print")
     assert status == 2 and "--engine vllm or sglang" in errors
+
+
+def test_the_base_is_not_quantised_unless_it_is_asked_for(base, tmp_path, installed, serve):
+    """Whatever an adapter was trained over: an engine quantises in its own ways."""
+    installed("vllm", "0.33.0")
+    eight = make_adapter(base, tmp_path / "eight", "qwen3_vl", model={"load_in_8bit": True}, tower=False)
+    status, said, errors = serve("--engine", "vllm", "--adapter", eight, "--print")
+    assert status == 0 and "--quantization" not in said
+    assert "trained over a base in 8bit, and the base is loaded in full precision" in errors
+    status, said, errors = serve("--engine", "vllm", "--adapter", eight, "--print", "--load-in-fp8")
+    assert status == 0 and "--quantization fp8" in said and "trained over a base in 8bit, and the base is loaded in fp8" in errors
+    status, said, errors = serve("--engine", "vllm", "--adapter", eight, "--print", "--load-in-8bit")
+    assert status == 2 and not said and "8-bit integers" in errors
+
+
+def test_limits_of_the_own_server_are_refused(base, tmp_path, serve):
+    for flag, value in (("--adapter-dir", tmp_path), ("--timeout-s", 5), ("--queue-size", 3)):
+        status, said, errors = serve("--engine", "vllm", "--model", base, "--print", flag, value)
+        assert status == 2 and not said and f"{flag} is a limit of the server of this project" in errors
