@@ -316,4 +316,5 @@ def test_layers_that_cannot_be_compiled_are_told_of_once(loaded):
     with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}), fresh_inductor_cache():
         answers = [sampler.generate([prompt], GREEDY)[0] for _ in range(2)]
     assert [answer.token_ids for answer in answers] == [expected.token_ids] * 2
-    assert len(told) == 2 and all("Layers run uncompiled" in text for text in told)  # what lies before attention, and what follows
+    what = [text.split(" run uncompiled")[0] for text in told]
+    assert sorted(what) == ["Draws", "Layers", "Layers"]  # what lies before attention, and what follows

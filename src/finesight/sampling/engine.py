@@ -63,6 +63,11 @@ def stop_ids(processor: Processor) -> frozenset[int]:
     return frozenset(cast("set[int]", stops))
 
 
+def drawing(compiled: bool, say: Callable[[str], None]) -> Callable[..., Draw]:
+    """`drawing.draw`, compiled or not; engines that share it find what the first one compiled, or that it could not be."""
+    return CompiledFunction(draw, say, what="Draws") if compiled else draw
+
+
 class DecodingEngine:
     """Answers requests that come at any time.
 
@@ -71,6 +76,7 @@ class DecodingEngine:
         forbidden: ids that are never drawn; None: those of images and videos.
         use_adapter: puts an adapter to work by its name; None: the model is used as it is, whatever requests name.
         compile_layers: compile what surrounds attention in a decoding step, and drawing.
+        draw_tokens: of :func:`drawing`, where engines follow one another; None: one is made.
         say: is told if that fails.
     """
 
@@ -83,6 +89,7 @@ class DecodingEngine:
         forbidden: Sequence[int] | None = None,
         use_adapter: Callable[[str | None], None] | None = None,
         compile_layers: bool = False,
+        draw_tokens: Callable[..., Draw] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.packed, self.processor, self.size = packed, processor, size
@@ -92,7 +99,7 @@ class DecodingEngine:
         text_config = packed.base.config.text_config
         self.pool = KeyValuePool(text_config, size.blocks, packed.compute_dtype, self.device)
         self.decoder = Decoder(packed, self.pool, compile_layers=compile_layers, say=say)
-        self.draw_tokens: Callable[..., Draw] = CompiledFunction(draw, say, what="Draws") if compile_layers else draw
+        self.draw_tokens = draw_tokens or drawing(compile_layers, say)
         self._vocabulary: int = text_config.vocab_size
         self._use_adapter = use_adapter
         self._lanes: dict[str | None, Lane] = {}

@@ -21,7 +21,7 @@ from finesight.data.processor import Processor
 from finesight.data.sample import Sample
 from finesight.errors import ModelError
 from finesight.models.packed import PackedModel
-from finesight.sampling.engine import DecodingEngine, answering, fitting_blocks, stop_ids
+from finesight.sampling.engine import DecodingEngine, answering, drawing, fitting_blocks, stop_ids
 from finesight.sampling.grammar import Grammar
 from finesight.sampling.requests import EngineSize, Request, blocks_for
 from finesight.sampling.types import Completion, Progress, SamplingSettings
@@ -35,7 +35,7 @@ class ForkingSampler:
         image_first: as in training; moves images of a leading user turn ahead of its text.
         grammar: that every answer follows.
         forbidden: further ids that are never drawn; with those that end an answer, every answer has its full length.
-        compile_layers: compile what surrounds attention in a decoding step.
+        compile_layers: compile what surrounds attention in a decoding step, and drawing.
         say: is told if that fails.
     """
 
@@ -53,6 +53,7 @@ class ForkingSampler:
         self.packed = model if isinstance(model, PackedModel) else PackedModel(model)
         self.processor, self.grammar = processor, grammar
         self.compile_layers, self.say = compile_layers, say
+        self.draw_tokens = drawing(compile_layers, say)
         self._encoder = Encoder(processor, image_first=image_first)
         self.stop_ids = stop_ids(processor)
         self.forbidden: tuple[int, ...] = (processor.image_token_id, processor.video_token_id, *forbidden)
@@ -122,6 +123,7 @@ class _Run:
             EngineSize(rows, length, settings.max_completion_length, blocks),
             forbidden=sampler.forbidden,
             compile_layers=sampler.compile_layers,
+            draw_tokens=sampler.draw_tokens,
             say=sampler.say,
         )
         self.pool = self.engine.pool
