@@ -10,9 +10,23 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+_CHAT = "/v1/chat/completions"
+
+
+def _seldom(one_in: int, this: st.SearchStrategy[Any], that: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """This one time in so many. Hypothesis likes the ends of a range, so the number that decides lies in its middle."""
+    return st.integers(0, one_in).flatmap(lambda number: this if number == one_in // 2 else that)
+
+
+def texts(min_size: int, max_size: int) -> st.SearchStrategy[str]:
+    """Of Unicode, and now and then with half of a surrogate pair, which JSON can hold and Unicode cannot."""
+    broken = st.sampled_from(["\ud800", "a\udfff", "\udc80b"])
+    return _seldom(60, broken, st.text(min_size=min_size, max_size=max_size))
+
+
 # Values that stand where others are expected.
 ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | texts(0, 20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
@@ -47,13 +61,14 @@ class Bodies:
     """Strategies for the bodies of an OpenAPI document.
 
     Args:
-        models: names to ask for; urls: what images and videos are named by.
+        models: names to ask for; urls: what images and videos are named by; folders: what adapters are loaded from.
         wrong: every so many values another one stands in the place of one that the schema asks for.
     """
 
     document: dict[str, Any]
     models: Sequence[str]
     urls: st.SearchStrategy[str]
+    folders: st.SearchStrategy[str]
     wrong: int = 150
     _known: dict[str, st.SearchStrategy[Any]] = field(default_factory=dict)
 
@@ -77,7 +92,9 @@ class Bodies:
             "max_completion_tokens": st.none() | st.integers(0, 12),
             "n": st.none() | st.integers(0, 4),
             "schema": JSON_SCHEMAS,
-            "text": st.text(min_size=1, max_size=30),
+            "text": texts(1, 30),
+            "lora_name": _seldom(12, texts(1, 8), st.sampled_from(["one", "two", self.models[0]])),
+            "lora_path": self.folders,
             "role": st.sampled_from(["user", "user", "user", "assistant", "system"]),
             "seed": st.none() | st.integers(-(2**63), 2**63),
             "presence_penalty": st.sampled_from([0, 0.0, None, 0.5]),
@@ -98,7 +115,7 @@ class Bodies:
 
     def _conversation(self) -> st.SearchStrategy[list[Any]]:
         """Turns in an order that can be answered."""
-        text = st.text(max_size=20).map(lambda rest: f"read{rest}")
+        text = texts(0, 20).map(lambda rest: f"read{rest}")
         parts = self._right({"$ref": "#/components/schemas/Message"}).map(
             lambda m: m["content"] if isinstance(m.get("content"), list) else []
         )
@@ -129,7 +146,7 @@ class Bodies:
             return st.lists(self._value(schema.get("items", {})), min_size=min(schema.get("minItems", 0), 1), max_size=most)
         low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum", schema.get("exclusiveMaximum"))
         plain: dict[Any, st.SearchStrategy[Any]] = {
-            "string": st.text(max_size=min(schema.get("maxLength", 12), 12) + 1),
+            "string": texts(0, min(schema.get("maxLength", 12), 12) + 1),
             "integer": _within(st.integers, low, high, 1),
             "number": _within(partial(st.floats, allow_nan=False, allow_infinity=False), low, high, 0.5),
             "boolean": st.booleans(),
@@ -155,11 +172,6 @@ class Bodies:
         right = chosen.flatmap(built)
         extra = st.builds(lambda body, name, value: {**body, name: value}, right, st.text(max_size=8), ANY_JSON)
         return _seldom(self.wrong, extra, right)
-
-
-def _seldom(one_in: int, this: st.SearchStrategy[Any], that: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """This one time in so many. Hypothesis likes the ends of a range, so the number that decides lies in its middle."""
-    return st.integers(0, one_in).flatmap(lambda number: this if number == one_in // 2 else that)
 
 
 def _within(numbers: Any, low: float | None, high: float | None, beyond: float) -> st.SearchStrategy[Any]:
@@ -196,16 +208,18 @@ _HEADERS = st.lists(
 )
 
 
-def calls(document: dict[str, Any], models: Sequence[str], urls: st.SearchStrategy[str]) -> st.SearchStrategy[Call]:
+def calls(
+    document: dict[str, Any], models: Sequence[str], urls: st.SearchStrategy[str], folders: st.SearchStrategy[str]
+) -> st.SearchStrategy[Call]:
     """Mostly bodies of the schema, to the paths that take them; beside them broken bodies, other methods and other paths."""
-    bodies = Bodies(document, models, urls)
+    bodies = Bodies(document, models, urls, folders)
     posts = [path for path, methods in document["paths"].items() if "requestBody" in methods.get("post", {})]
     paths = [path.replace("{name}", "tiny") for path in document["paths"]]
 
     def sent(path: str) -> st.SearchStrategy[Call]:
         return st.builds(lambda body: Call("POST", path, json.dumps(body).encode()), bodies.of(path))
 
-    right = st.one_of([sent(path) for path in posts])
+    right = _seldom(10, st.one_of([sent(path) for path in posts if path != _CHAT]), sent(_CHAT))
     cut = st.builds(lambda call, share: Call(call.method, call.path, call.body[: int(share * len(call.body))]), right, st.floats(0, 1))
     raw = st.builds(Call, st.just("POST"), st.sampled_from(posts), st.binary(max_size=60), _HEADERS.map(tuple))
     other = st.builds(

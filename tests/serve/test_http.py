@@ -81,11 +81,29 @@ def test_what_cannot_be_answered_is_refused_with_its_field(server, change, param
         assert error["param"] == param
 
 
-@pytest.mark.parametrize("change", [{"messages": [{"role": "user", "content": "\ud800"}]}, {"model": "\ud800"}, {"\ud800": 1}])
-def test_text_that_is_none(server, change):
-    body = json.dumps({**HELLO, **change}).encode()
-    refused = CLIENT.post(f"{server.address}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-    assert refused.status_code in (400, 404) and error_of(refused)
+def test_text_that_is_none(serving):
+    """Half of a surrogate pair, wherever it stands, is the client's mistake, in the metrics too."""
+    half = "\ud800"
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}}
+        for url in (half, f"data:image/png;base64,{half}", f"data:{half},", f"http://{half}/")
+    ]
+    changes = [
+        *({"messages": [{"role": "user", "content": content}]} for content in (half, [{"type": "text", "text": half}], *([part] for part in parts))),
+        {"model": half},
+        {half: 1},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": half}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": half, "schema": {half: 1}}}},
+    ]  # fmt: skip
+    with serving(allow_urls=True) as server:
+        for change in changes:
+            body = json.dumps({**HELLO, **change}).encode()
+            refused = CLIENT.post(f"{server.address}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+            assert refused.status_code in (400, 404) and error_of(refused), change
+        stopped = json.dumps({**HELLO, "stop": half}).encode()
+        answer = CLIENT.post(f"{server.address}/v1/chat/completions", content=stopped, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400)
+        assert 'status="5' not in CLIENT.get(f"{server.address}/metrics").text
 
 
 def test_statuses(server, serving):

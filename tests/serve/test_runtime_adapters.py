@@ -182,3 +182,13 @@ def test_token_fields_that_would_change_answers(server, change, param):
 
 def conversation(text: str) -> Conversation:
     return Conversation((Turn("user", (Part("text", text=text),)),), RowSource("here", 0))
+
+
+@pytest.mark.parametrize("body", [{"lora_name": "\ud800"}, {"lora_path": "\ud800"}])
+def test_names_that_are_no_text_are_refused(open_server, open_folder, body):
+    """And leave nothing behind that could not be listed."""
+    asked = {"lora_name": "new", "lora_path": str(open_folder / "charts"), **body}
+    sent = json.dumps(asked).encode()
+    answer = CLIENT.post(f"{open_server.address}/v1/load_lora_adapter", content=sent, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 404) and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert [model["id"] for model in CLIENT.get(f"{open_server.address}/v1/models").json()["data"]] == ["tiny"]

@@ -148,10 +148,6 @@ def _answer_errors(app: Any) -> None:
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         return refusal(ApiError(error.status_code, str(error.detail)))
 
-    @app.exception_handler(UnicodeEncodeError)
-    async def on_wrong_text(request: Request, error: UnicodeEncodeError) -> JSONResponse:
-        return refusal(ApiError(400, "The request holds half of a surrogate pair, which is no text.", code="invalid_text"))
-
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return refusal(ApiError(500, "The server failed.", code="internal_error"))

@@ -102,8 +102,11 @@ class Service:
 
     async def _begin(self, accepted: Accepted) -> Job:
         async with self._decoding:
-            grammar = await asyncio.to_thread(self._grammars.of, accepted.chat.response_format)
-            sample = await asyncio.to_thread(self._encoded, accepted.chat, accepted.model)
+            try:
+                grammar = await asyncio.to_thread(self._grammars.of, accepted.chat.response_format)
+                sample = await asyncio.to_thread(self._encoded, accepted.chat, accepted.model)
+            except UnicodeEncodeError:  # JSON can hold it
+                raise ApiError(400, "The request holds half of a surrogate pair, which is no text.", code="invalid_text") from None
         chat, settings = accepted.chat, self._sampling(accepted.chat, len(sample))
         job = Job(
             sample,
