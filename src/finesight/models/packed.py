@@ -113,6 +113,7 @@ class PackedModel(nn.Module):
         """
         if self._decoding is None:
             begin, between, end = DECODING
+            say = _once(say)
             self._decoding = CompiledFunction(begin, say), CompiledFunction(between, say), CompiledFunction(end, say)
         return self._decoding
 
@@ -304,6 +305,18 @@ def run_attention(
     if rows is not None:
         mixed, hidden = mixed.index_select(0, rows), hidden.index_select(0, rows)
     return hidden + project([layer.self_attn.o_proj], mixed)[0]
+
+
+def _once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Tells the first text alone."""
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        if not told:
+            say(text)
+        told.append(text)
+
+    return tell
 
 
 def attention_inputs(
