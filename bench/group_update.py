@@ -3,8 +3,8 @@
     python -m bench.group_update --model qwen3-vl-4b --bpe qwen.tiktoken --compile
 
 Completions are fixed random tokens, advantages and old log-probabilities are fixed too, so that both forms have the same
-targets, the same loss and the same gradients; row `grpo_compared` says how near they are. A step (`grpo_update`) is one group:
-forward and backward pass of its packs, clipping, and the optimizer's step; the tower is computed in it, once for each pack.
+targets, the same loss and the same gradients; row `grpo_compared` says how near they are. A step (`grpo_update`) is one group,
+with --compile several: forward and backward pass of its packs, clipping, and the optimizer's step; the tower is computed in it, once for each pack.
 Activation memory is the peak of a step over what is allocated before it. Row `grpo_memory`: the same for larger groups under the
 activation policy full, in one pack and split over several.
 """
@@ -52,6 +52,7 @@ GIB = 2**30
 WARM, STEPS = 2, 4
 ONE_PACK = 1 << 14  # token budget that takes a group of 8 unshared, or one of 32 shared
 SIZES = (4, 32)  # of groups, whose memory is compared
+GROUPS = 4  # of a step whose time is taken with compiled layers
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Form:
     compiled: bool
     token_budget: int = ONE_PACK
     generations: int = 8
+    groups: int = 1  # of a step, each about an image of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +105,8 @@ class UpdateBench:
                 if ".lora_B." in name:  # zeros otherwise, which leave A without gradients
                     parameter.normal_(0, 0.01, generator=generator)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        (self.prompt,) = encoded(processor, conversations(processor, a.setting, 1))
-        self.groups: dict[int, tuple[list[Sample], dict[Sample, About]]] = {}  # by the number of completions
+        self.prompts = encoded(processor, conversations(processor, a.setting, GROUPS))
+        self.groups: dict[tuple[int, int], tuple[list[Sample], dict[Sample, About]]] = {}  # by place and the number of completions
         self.split = replace(a.setting, generations=8).group_tokens  # token budget: a pack takes 8 completions
         self.notes: list[str] = []
 
@@ -119,21 +121,26 @@ class UpdateBench:
         return PackedModel(self.model, gradient_checkpointing=form.policy, compile_layers=form.compiled, say=say).train()
 
     def step_of(self, form: Form, packed: PackedModel) -> Step:
-        """The step of one group, on the device."""
-        samples, about = self.group(form.generations)
+        """The step of one group or several, on the device."""
+        samples, about = [], {}
+        for place in range(form.groups):
+            of_group, known = self.group(place, form.generations)
+            samples += of_group
+            about |= known
         plan, feed = self.plan(samples, form), self.feed(form, packed)
         step = feed.build(plan)
         packs = [self.with_targets(pack, chosen, about).to(packed.device) for pack, chosen in zip(step.packs, plan.plans, strict=True)]
         return replace(step, packs=packs, plan=plan)
 
-    def group(self, generations: int) -> tuple[list[Sample], dict[Sample, About]]:
+    def group(self, place: int, generations: int) -> tuple[list[Sample], dict[Sample, About]]:
         """A prompt's completions and what is known of them, made once.
 
         Old log-probabilities are those of the model as it is at first, moved by noise, so that ratios differ from 1.
         """
-        if generations not in self.groups:
-            samples = completions(replace(self.a.setting, generations=generations), self.prompt, seed=generations)
-            random = np.random.default_rng(generations)
+        if (place, generations) not in self.groups:
+            seed = generations + 100 * place
+            samples = completions(replace(self.a.setting, generations=generations), self.prompts[place], seed=seed)
+            random = np.random.default_rng(seed)
             advantages = random.standard_normal(generations)
             advantages = (advantages - advantages.mean()) / advantages.std()
             logprobs = self.scored(samples, Form(True, "none", False, self.split, generations))
@@ -141,8 +148,8 @@ class UpdateBench:
                 sample: About(float(advantage), (own + random.normal(0, 0.1, len(own))).astype(np.float32))
                 for sample, advantage, own in zip(samples, advantages, logprobs, strict=True)
             }
-            self.groups[generations] = samples, about
-        return self.groups[generations]
+            self.groups[place, generations] = samples, about
+        return self.groups[place, generations]
 
     def scored(self, samples: Sequence[Sample], form: Form) -> list[np.ndarray]:
         """Log-probabilities of each completion's tokens, without gradients."""
@@ -162,7 +169,7 @@ class UpdateBench:
 
     def feed(self, form: Form, packed: PackedModel) -> Feed:
         return Feed(
-            [self.prompt],
+            self.prompts,
             self.processor,
             train_batch_size=1,
             token_budget=form.token_budget,
@@ -203,23 +210,26 @@ class UpdateBench:
     # --- what is measured ---------------------------------------------------------------------------------------
 
     def rows(self, *, compiled: bool) -> Iterator[Row]:
-        """All rows, what takes least first; what fails is a row, and the others go on."""
+        """All rows, what takes least first; what fails is a row, and the others go on.
+
+        With compiled layers the time of steps of several groups alone: one group does not keep a large GPU busy.
+        """
+        if compiled:
+            yield from self._timed([Form(shared, "selective", True, groups=GROUPS) for shared in (True, False)])
+            return
         yield self._part({"row": "grpo_compared"}, self.compared)
-        forms = [Form(shared, "selective", False) for shared in (True, False)]
-        yield from self._timed(forms)
+        yield from self._timed([Form(shared, "selective", False) for shared in (True, False)])
         for budget in (self.split, ONE_PACK):
             for generations in SIZES:
                 form = Form(True, "full", False, budget, generations)
                 yield self._part({"row": "grpo_memory", **self._settings(form)}, partial(self.measured, form, warm=1, steps=1))
-        if compiled:
-            yield from self._timed([replace(form, compiled=True) for form in forms])
 
     def _timed(self, forms: Sequence[Form]) -> Iterator[Row]:
         for form in forms:
             yield self._part({"row": "grpo_update", **self._settings(form)}, partial(self.measured, form, WARM, STEPS))
 
     def _settings(self, form: Form) -> Row:
-        names = ("shared", "policy", "compiled", "token_budget", "generations")
+        names = ("shared", "policy", "compiled", "token_budget", "generations", "groups")
         return {name: getattr(form, name) for name in names}
 
     def _part(self, row: Row, measure: Callable[[], Row]) -> Row:
@@ -287,18 +297,19 @@ class UpdateBench:
             seconds.append(time.perf_counter() - begun)
         if self.on_gpu:
             peak = torch.cuda.max_memory_allocated()
-        plan = self.plan(self.group(form.generations)[0], form)
         config, width = packed.base.config.text_config, packed.compute_dtype.itemsize
         return {
             "packs": len(step.packs),
-            "tokens": sum(pack.num_tokens for pack in plan.plans),
-            "largest_pack_tokens": max(pack.num_tokens for pack in plan.plans),
+            "tokens": sum(pack.num_tokens for pack in step.plan.plans),
+            "largest_pack_tokens": max(pack.num_tokens for pack in step.plan.plans),
             "targets": step.num_targets,
             "steps": steps,
             "step_s": significant(statistics.median(seconds[warm:])),
             "first_step_s": significant(seconds[0]),
             "losses": [significant(value, 6) for value in losses],
-            "own_share_gib": round(own_share_bytes(config, form.generations * self.a.setting.completion_tokens, width) / GIB, 4),
+            "own_share_gib": round(
+                own_share_bytes(config, form.groups * form.generations * self.a.setting.completion_tokens, width) / GIB, 4
+            ),
             **({"before_gib": round(before / GIB, 4), "activations_gib": round((peak - before) / GIB, 4)} if self.on_gpu else {}),
         }
 
@@ -319,7 +330,9 @@ def recipe_of(checkpoint: Path, setting: GroupSetting) -> Recipe:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-vl-4b", choices=models.NAMES)
-    parser.add_argument("--compile", action="store_true", help="measure compiled layers too")
+    parser.add_argument(
+        "--compile", action="store_true", help="the time of steps of several groups, with compiled layers, in place of the rest"
+    )
     parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--time-limit", type=float, default=100, help="seconds after which no further part begins")

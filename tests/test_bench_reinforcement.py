@@ -61,8 +61,8 @@ class TestDecode:
         found = run_module("decode", ["--device", "cpu", "--tiny"], capsys)
         assert not [row for row in found if row.get("failed")]
         parts = [(row.get("adapter"), row["what"]) for row in found]
-        alike = ("drawing", "attention", "products")
-        names = {False: ("sampler", "step", "forward", *alike, "profile"), True: ("sampler", "step", "forward", "profile")}
+        each = ("sampler", "step", "forward", "drawing")
+        names = {False: (*each, "attention", "products", "profile"), True: (*each, "profile")}
         assert parts == [(None, "copy"), *((adapter, name) for adapter in names for name in names[adapter])]
         by_part = dict(zip(parts, found, strict=True))
         sampler, with_adapter = by_part[False, "sampler"], by_part[True, "sampler"]
@@ -132,11 +132,11 @@ class TestUpdate:
         measured = [
             {**UPDATE, "shared": True, "step_s": 0.5, "activations_gib": 4.0},
             {**UPDATE, "shared": False, "step_s": 1.6, "activations_gib": 12.0},
-            {**UPDATE, "shared": True, "compiled": True, "step_s": 0.4, "activations_gib": 3.0},
-            {**UPDATE, "shared": False, "compiled": True, "step_s": 1.4, "activations_gib": 10.0},
+            {**UPDATE, "label": "4b-compiled", "shared": True, "compiled": True, "groups": 4, "step_s": 0.4, "activations_gib": 7.0},
+            {**UPDATE, "label": "4b-compiled", "shared": False, "compiled": True, "groups": 4, "step_s": 1.4, "activations_gib": 10.0},
         ]
         speed, memory, *other = claim_of("grpo_update").findings(measured)
-        assert (speed.value, speed.reached, memory.value, memory.reached) == (3.5, True, 30, True)
+        assert (speed.value, speed.reached, memory.value, memory.reached) == (3.5, True, 33.3, True)
         assert all(finding.value is None for finding in other)
 
     def test_growth_is_judged_where_groups_are_split(self) -> None:

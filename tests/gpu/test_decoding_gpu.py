@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, bundles_of, decode_attention, store_tokens
-from finesight.models.packed import PackedModel
+from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, bundles_of, decode_attention, rotate_and_store
+from finesight.models.packed import PackedModel, projections, rotate
 from gpu.test_forest_gpu import middle_model
+from tiny import FAMILIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -63,13 +64,30 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(alone[0], together[row])
 
 
-def test_tokens_are_stored() -> None:
-    keys, values = (torch.zeros(64, 2, 8, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    both = torch.randn(3, 4, 8, device="cuda", dtype=torch.bfloat16)
-    slots = torch.tensor([5, 63, 0], device="cuda")
-    store_tokens(keys, values, slots, both[:, :2], both[:, 2:])
-    assert torch.equal(keys[slots], both[:, :2]) and torch.equal(values[slots], both[:, 2:])
-    assert keys.count_nonzero() == both[:, :2].count_nonzero()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_are_rotated_and_keys_stored(family: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    packed = PackedModel(middle_model(family).to("cuda", dtype))
+    text = packed.base.model.language_model
+    attention = text.layers[0].self_attn
+    if hasattr(attention, "q_norm"):
+        attention.q_norm.weight.data.uniform_(0.5, 1.5)
+        attention.k_norm.weight.data.uniform_(0.5, 1.5)
+    hidden = torch.randn(5, 256, device="cuda", dtype=dtype)
+    cos, sin = packed.rotary(torch.tensor([3, 70, 5, 1000, 0], device="cuda").expand(3, -1), hidden)
+    slots = torch.tensor([5, 63, 0, 33, 34], device="cuda")
+    with torch.no_grad():
+        query, key, value = projections(text.layers[0], hidden)
+        keys, values = (torch.zeros(64, *key.shape[1:], device="cuda", dtype=dtype) for _ in range(2))
+        found = rotate_and_store(attention, query, key, value, cos, sin, keys, values, slots)
+        expected = rotate(attention, query, key, cos, sin)
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected[0], atol=bound, rtol=bound)
+    torch.testing.assert_close(keys[slots], expected[1], atol=bound, rtol=bound)
+    assert torch.equal(values[slots], value)
+    others = torch.ones(64, dtype=torch.bool, device="cuda").index_fill(0, slots, False)
+    assert not keys[others].any() and not values[others].any()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

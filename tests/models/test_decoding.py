@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import transformers
 
-from finesight.models.decoding import BUNDLE_ROWS, bundles_of, decode_attention, store_tokens
+from finesight.models.decoding import BUNDLE_ROWS, bundles_of, decode_attention, rotate_and_store
+from tiny import tiny_config
 
 # Rows by the first block of their prompt; 0: idle.
 FIRST_BLOCKS = [7, 3, 7, 0, 9, 7, 0, 3]
@@ -29,12 +31,19 @@ def test_many_rows_of_one_prompt_make_several_bundles():
     assert found == [list(range(BUNDLE_ROWS)), list(range(BUNDLE_ROWS, 2 * BUNDLE_ROWS)), [rows - 3, rows - 2, rows - 1]]
 
 
-def test_stored_tokens_are_attended_to():
+def test_what_is_stored_is_attended_to():
     torch.manual_seed(0)
-    keys, values = torch.zeros(96, 1, 4), torch.zeros(96, 1, 4)
-    key, value = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
-    store_tokens(keys, values, torch.tensor([32, 64]), key, value)
+    layer = transformers.Qwen3VLForConditionalGeneration(tiny_config("qwen3_vl")).model.language_model.layers[0]
+    attention = layer.self_attn
+    heads, groups, size = 4, attention.k_proj.out_features // attention.head_dim, attention.head_dim
+    keys, values = torch.zeros(96, groups, size), torch.zeros(96, groups, size)
+    query, key, value = torch.randn(2, heads, size), torch.randn(2, groups, size), torch.randn(2, groups, size)
+    cos, sin = torch.ones(2, size), torch.zeros(2, size)  # no rotation
+    with torch.no_grad():
+        found = rotate_and_store(attention, query, key, value, cos, sin, keys, values, torch.tensor([32, 64]))
+    torch.testing.assert_close(found, attention.q_norm(query))
+    torch.testing.assert_close(keys[[32, 64]], attention.k_norm(key))
     table = torch.tensor([[1], [2]])
     # A row with a single token gives its value, whatever it asks.
-    mixed = decode_attention(torch.randn(2, 2, 4), keys, values, table, torch.tensor([1, 1]), bundles_of(table, torch.tensor([0, 0])), 0.5)
-    torch.testing.assert_close(mixed, value.expand(2, 2, 4))
+    mixed = decode_attention(found, keys, values, table, torch.tensor([1, 1]), bundles_of(table, torch.tensor([0, 0])), 0.5)
+    torch.testing.assert_close(mixed, value.repeat_interleave(heads // groups, dim=1))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from finesight.data.batch import PackedBatch
 from finesight.errors import ModelError
 from finesight.models.experts import wait_for_offsets
-from finesight.models.packed import PackedModel, attention_inputs, finish_layer
+from finesight.models.packed import DECODING, PackedModel, rotate
 
 BLOCK_TOKENS = 32
 # Most rows that read the blocks of their common prompt together.
@@ -95,7 +95,7 @@ class Bundles(NamedTuple):
     """Rows that go on from the same prompt, whose keys and values are read once for all of a bundle's rows."""
 
     members: torch.Tensor  # (B, R) int64: the rows of each bundle, -1 in other places; bundles come first, then empty lines
-    count: torch.Tensor  # () int64: bundles
+    number: torch.Tensor  # () int64: of bundles
     prompt_blocks: torch.Tensor  # (B,) int64, by row: blocks at the front of its table that its bundle has in common
 
 
@@ -134,8 +134,7 @@ class Decoder:
         self, packed: PackedModel, pool: KeyValuePool, *, compile_layers: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.packed, self.pool = packed, pool
-        functions: tuple[Callable[..., Any], Callable[..., Any]] = (attention_inputs, finish_layer)
-        self._inputs, self._finish = packed.compiled_for_decoding(say) if compile_layers else functions
+        self._begin, self._between, self._end = packed.compiled_for_decoding(say) if compile_layers else DECODING
 
     @property
     def can_be_captured(self) -> bool:
@@ -174,12 +173,15 @@ class Decoder:
         cos, sin = self.packed.rotary(positions.expand(3, -1), hidden)
         slots = table.gather(1, (lengths // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + lengths % BLOCK_TOKENS
         bundles, seen = bundles_of(table, prompt_blocks), lengths + 1
+        query, key, value = self._begin(text.layers[0], hidden)
         for index, layer in enumerate(text.layers):
-            query, key, value = self._inputs(layer, hidden, cos, sin)
-            keys, values = self.pool.keys[index], self.pool.values[index]
-            store_tokens(keys, values, slots, key, value)
-            mixed = decode_attention(query, keys, values, table, seen, bundles, layer.self_attn.scaling)
-            hidden = self._finish(layer, hidden, mixed.flatten(1))
+            attention, keys, values = layer.self_attn, self.pool.keys[index], self.pool.values[index]
+            query = rotate_and_store(attention, query, key, value, cos, sin, keys, values, slots)
+            mixed = decode_attention(query, keys, values, table, seen, bundles, attention.scaling).flatten(1)
+            if index + 1 < len(text.layers):
+                hidden, query, key, value = self._between(layer, text.layers[index + 1], hidden, mixed)
+            else:
+                hidden = self._end(layer, hidden, mixed)
         return self._logits(text.norm(hidden))
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -188,21 +190,27 @@ class Decoder:
         return logits
 
 
-def store_tokens(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Writes the keys and values of one token a row into a pool.
+def rotate_and_store(
+    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Rotated queries (B, H, d) of one token a row, whose rotated key and value are written into a pool.
 
     Args:
+        attention: of a decoder layer; its norms of queries and keys are applied where it has them.
+        query: (B, H, d); key, value: (B, G, d).
+        cos, sin: (B, d).
         keys, values: (slots, G, d) of one layer, written to.
         slots: (B,) int64; the same one twice only where nobody reads it.
-        key, value: (B, G, d).
     """
     if keys.is_cuda:
         from finesight.models import decoding_kernels  # needs Triton, which only machines with a GPU have
 
-        decoding_kernels.store_tokens(keys, values, slots, key, value)
-        return
+        return decoding_kernels.rotate_and_store(attention, query, key, value, cos, sin, keys, values, slots)
+    query, key = rotate(attention, query, key, cos, sin)
     keys.index_copy_(0, slots, key.to(keys.dtype))
     values.index_copy_(0, slots, value.to(values.dtype))
+    return query
 
 
 def decode_attention(

@@ -17,7 +17,7 @@ Imported only where there is a GPU, since Triton is.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -33,14 +33,24 @@ _LEAST_TOKENS = 256
 _PROGRAMS_PER_PROCESSOR = 2
 
 
-def store_tokens(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """See :func:`finesight.models.decoding.store_tokens`."""
-    rows, width = key.shape[0], key.shape[1] * key.shape[2]
-    key, value = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (key, value))
-    _store_kernel[(rows,)](
-        key, value, keys, values, slots, key.stride(0), value.stride(0), keys.stride(0),
-        WIDTH=width, WIDTH_BLOCK=triton.next_power_of_2(width), num_warps=4,
+def rotate_and_store(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """See :func:`finesight.models.decoding.rotate_and_store`; norms and rotation in float32, rounded once."""
+    (rows, heads, size), groups = query.shape, key.shape[1]
+    query, key, value = (x if x.stride()[1:] == (size, 1) else x.contiguous() for x in (query, key, value))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    out = torch.empty(rows, heads, size, dtype=query.dtype, device=query.device)
+    normalised = hasattr(attention, "q_norm")
+    weights = (attention.q_norm.weight, attention.k_norm.weight) if normalised else (cos, cos)
+    eps = attention.q_norm.variance_epsilon if normalised else 0.0
+    _rotate_kernel[(rows, heads + groups)](
+        query, key, value, *weights, cos, sin, slots, out, keys, values, eps,
+        query.stride(0), key.stride(0), value.stride(0), keys.stride(0),
+        HEADS=heads, SIZE=size, HALF=size // 2, HALF_BLOCK=triton.next_power_of_2(size // 2), NORMALISED=normalised, num_warps=1,
     )  # fmt: skip
+    return out
 
 
 def decode_attention(
@@ -66,7 +76,7 @@ def decode_attention(
     size_block = max(16, triton.next_power_of_2(size))  # matrix units want at least 16
     tokens, stages = (64, 3) if query.dtype.itemsize == 2 else (32, 2)  # what shared memory holds
     _attend_kernel[(programs,)](
-        query, keys, values, table, lengths, bundles.members, bundles.count, bundles.prompt_blocks, part_out, part_logsumexp, scale, rows,
+        query, keys, values, table, lengths, bundles.members, bundles.number, bundles.prompt_blocks, part_out, part_logsumexp, scale, rows,
         keys.stride(0), keys.stride(1), table.stride(0),
         GROUPS=groups, SHARED=shared, BUNDLE=bundle, QUERIES_BLOCK=max(16, triton.next_power_of_2(shared * bundle)),
         SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tokens, LEAST_TOKENS=_LEAST_TOKENS,
@@ -86,17 +96,51 @@ def _processors(device_index: int) -> int:
 
 
 @triton.jit
-def _store_kernel(
-    key, value, keys, values, slots, key_stride, value_stride, slot_stride, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr
+def _rotate_kernel(
+    query, key, value, query_weight, key_weight, cos, sin, slots, out, keys, values, eps,
+    query_stride, key_stride, value_stride, slot_stride,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    slot = tl.load(slots + row)
-    channel = tl.arange(0, WIDTH_BLOCK)
-    wanted = channel < WIDTH
-    some_key = tl.load(key + row * key_stride + channel, mask=wanted)
-    some_value = tl.load(value + row * value_stride + channel, mask=wanted)
-    tl.store(keys + slot * slot_stride + channel, some_key.to(keys.dtype.element_ty), mask=wanted)
-    tl.store(values + slot * slot_stride + channel, some_value.to(values.dtype.element_ty), mask=wanted)
+    """One head of queries of one row, or one of keys and values."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channel = tl.arange(0, HALF_BLOCK)
+    wanted = channel < HALF
+    if head < HEADS:
+        lower, upper = _rotated(query + row * query_stride + head * SIZE, query_weight, cos + row * SIZE, sin + row * SIZE, eps,
+                                SIZE, HALF, HALF_BLOCK, NORMALISED)  # fmt: skip
+        target = out + (row * HEADS + head) * SIZE + channel
+        tl.store(target, lower.to(out.dtype.element_ty), mask=wanted)
+        tl.store(target + HALF, upper.to(out.dtype.element_ty), mask=wanted)
+    else:
+        group = head - HEADS
+        slot = tl.load(slots + row) * slot_stride + group * SIZE
+        lower, upper = _rotated(key + row * key_stride + group * SIZE, key_weight, cos + row * SIZE, sin + row * SIZE, eps,
+                                SIZE, HALF, HALF_BLOCK, NORMALISED)  # fmt: skip
+        tl.store(keys + slot + channel, lower.to(keys.dtype.element_ty), mask=wanted)
+        tl.store(keys + slot + HALF + channel, upper.to(keys.dtype.element_ty), mask=wanted)
+        source = value + row * value_stride + group * SIZE + channel
+        tl.store(values + slot + channel, tl.load(source, mask=wanted).to(values.dtype.element_ty), mask=wanted)
+        tl.store(values + slot + HALF + channel, tl.load(source + HALF, mask=wanted).to(values.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _rotated(
+    source, weight, cos, sin, eps, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORMALISED: tl.constexpr
+):  # fmt: skip
+    """The lower and the upper half of a head's channels, normalised and rotated, in float32."""
+    channel = tl.arange(0, HALF_BLOCK)
+    wanted = channel < HALF
+    lower = tl.load(source + channel, mask=wanted, other=0.0).to(tl.float32)
+    upper = tl.load(source + HALF + channel, mask=wanted, other=0.0).to(tl.float32)
+    if NORMALISED:
+        scale = 1.0 / tl.sqrt(tl.sum(lower * lower + upper * upper, axis=0) / SIZE + eps)
+        lower = lower * scale * tl.load(weight + channel, mask=wanted, other=0.0).to(tl.float32)
+        upper = upper * scale * tl.load(weight + HALF + channel, mask=wanted, other=0.0).to(tl.float32)
+    lower_cos = tl.load(cos + channel, mask=wanted, other=0.0).to(tl.float32)
+    upper_cos = tl.load(cos + HALF + channel, mask=wanted, other=0.0).to(tl.float32)
+    lower_sin = tl.load(sin + channel, mask=wanted, other=0.0).to(tl.float32)
+    upper_sin = tl.load(sin + HALF + channel, mask=wanted, other=0.0).to(tl.float32)
+    return lower * lower_cos - upper * lower_sin, upper * upper_cos + lower * upper_sin
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from finesight.models.tower import TowerPlace
 from finesight.models.vision import VisualFeatures, patch_dtype, run_block, tower_features
 
 _Function = Callable[..., torch.Tensor]
+_Many = Callable[..., Any]
 # Is handed the number of a layer, its rotated keys and its values, (T, G, d) each.
 KeysAndValues = Callable[[int, torch.Tensor, torch.Tensor], None]
 
@@ -83,7 +84,7 @@ class PackedModel(nn.Module):
         self._blank: tuple[torch.Tensor, TowerLayout] | None = None  # its patches and their layout, once needed
         self._offload = Offload()
         self._run_layer, self._run_last, self._run_block = self._layer_functions(compile_layers, mlp_chunk_tokens, say)
-        self._decoding: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        self._decoding: tuple[_Many, _Many, _Many] | None = None
 
     def _layer_functions(self, compiled: bool, mlp_chunk_tokens: int | None, say: Callable[[str], None]) -> tuple[_Function, ...]:
         """How a decoder layer, the last of them (never compiled: its shapes differ) and a tower block are computed."""
@@ -103,15 +104,17 @@ class PackedModel(nn.Module):
         run = partial(_run_halves, prepared(run_layer), mix, mlp)
         return run, partial(_run_halves, run_layer, run_attention, last_mlp), prepared(run_block)
 
-    def compiled_for_decoding(self, say: Callable[[str], None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What lies before and after attention in a layer, compiled; the same at each call, so that every decoder of a run
-        finds what the first one compiled, or that it could not be.
+    def compiled_for_decoding(self, say: Callable[[str], None]) -> tuple[_Many, _Many, _Many]:
+        """:func:`projections`, :func:`next_projections` and :func:`finish_layer`, compiled; the same at each call, so that every decoder
+        of a run finds what the first one compiled, or that it could not be.
 
         Args:
             say: is told, once, if it cannot be.
         """
         if self._decoding is None:
-            self._decoding = CompiledFunction(attention_inputs, say), CompiledFunction(finish_layer, say)
+            begin, between, end = DECODING
+            say = _once(say)
+            self._decoding = CompiledFunction(begin, say), CompiledFunction(between, say), CompiledFunction(end, say)
         return self._decoding
 
     def add_unit(self, unit: ShardedUnit) -> None:
@@ -304,23 +307,58 @@ def run_attention(
     return hidden + project([layer.self_attn.o_proj], mixed)[0]
 
 
+def _once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Tells the first text alone."""
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        if not told:
+            say(text)
+        told.append(text)
+
+    return tell
+
+
 def attention_inputs(
     layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated queries (T, H, d), rotated keys and values (T, G, d) of hidden states (T, D)."""
+    query, key, value = projections(layer, hidden)
+    return *rotate(layer.self_attn, query, key, cos, sin), value
+
+
+def projections(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (T, H, d), keys and values (T, G, d) of hidden states (T, D), before they are normalised and rotated."""
     attention = layer.self_attn
-    states = layer.input_layernorm(hidden)
-    query, key, value = (
-        x.unflatten(-1, (-1, attention.head_dim)) for x in project([attention.q_proj, attention.k_proj, attention.v_proj], states)
-    )
+    projected = project([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm(hidden))
+    query, key, value = (x.unflatten(-1, (-1, attention.head_dim)) for x in projected)
+    return query, key, value
+
+
+def rotate(
+    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries (T, H, d) and keys (T, G, d), normalised where the family does that, and rotated by angles (T, d)."""
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def next_projections(
+    layer: nn.Module, following: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`finish_layer` of one layer, its result first, and :func:`projections` of the next: what lies between two attentions."""
+    hidden = finish_layer(layer, hidden, mixed)
+    return hidden, *projections(following, hidden)
 
 
 def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     """What follows attention: output projection and MLP, each added to the residual stream; (T, D)."""
     return run_mlp(layer, hidden + project([layer.self_attn.o_proj], mixed)[0])
+
+
+# What lies before, between and after the attentions of a decoding step.
+DECODING: tuple[_Many, _Many, _Many] = (projections, next_projections, finish_layer)
 
 
 def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
