@@ -28,8 +28,9 @@ from finesight.recipe import Recipe
 from finesight.recipe_files import load_recipe
 from finesight.training.loop import StepSource, TrainingLoop
 from finesight.training.prepare import Prepared, prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.saving import RunSaver
-from finesight.training.session import RunResult, Session, start_accelerator
+from finesight.training.session import RunResult, Session
 from finesight.training.state import TrainerState
 from finesight.training.telemetry import StepFigures, Telemetry
 

@@ -35,9 +35,10 @@ from finesight.data.encode import Encoder
 from finesight.data.formats import ReadResult
 from finesight.data.pack import PackPlan
 from finesight.data.processor import Processor, load_processor
+from finesight.data_settings import DataSettings
 from finesight.models.adapters import apply_tuning
 from finesight.models.load import LoadedModel
-from finesight.recipe import DataSettings, Recipe
+from finesight.recipe import Recipe
 from finesight.training.prepare import Prepared, prepare
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.run_sizes import rollout_sizes

@@ -25,7 +25,8 @@ from bench.planned import plan_of_row
 from bench.report import Results
 from finesight.planner.calibration import GIB
 from finesight.planner.catalogue import CATALOGUE
-from finesight.planner.plan import MemoryPlan, plan_memory
+from finesight.planner.moments import MemoryPlan
+from finesight.planner.plan import plan_memory
 from finesight.planner.shapes import ModelShape
 from finesight.planner.sizes import PackSizes, filled_run
 from finesight.recipe import Recipe

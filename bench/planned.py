@@ -12,7 +12,7 @@ from finesight.recipe_files import load_recipe
 if TYPE_CHECKING:
     from finesight.data.layout import TowerShape
     from finesight.data.pack import PackPlan
-    from finesight.planner.plan import MemoryPlan
+    from finesight.planner.moments import MemoryPlan
 
 Pack = dict[str, Any]
 GIB = 2**30

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 
 import finesight
 from finesight.data.formats import read_source
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.evaluation.compare import compare
 from finesight.evaluation.evaluate import evaluate
-from finesight.recipe import DataSettings, SourceSettings
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.types import SamplingSettings
 from finesight.tasks.graders import get_grader

@@ -447,7 +447,7 @@ class TestPredictWithDamagedImages:
 class TestOthers:
     def test_images_of_a_folder_come_in_natural_order(self, work: Path) -> None:
         from finesight.cli.predict import read_inputs
-        from finesight.recipe import DataSettings, SourceSettings
+        from finesight.data_settings import DataSettings, SourceSettings
 
         Path("data/images/0.png").rename("data/images/10.png")
         read = read_inputs(["data/images"], "?", data=DataSettings(), source=SourceSettings(path="-"), console=Console(quiet=True))

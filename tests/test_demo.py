@@ -19,6 +19,7 @@ from rich.console import Console
 from finesight.data.encode import Encoder
 from finesight.data.formats import read_source
 from finesight.data.processor import load_processor
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.demo import DemoResult, DemoSettings, run_demo
 from finesight.demo.cache import cache_key, is_whole
 from finesight.demo.model import demo_tokenizer, write_random_checkpoint
@@ -28,7 +29,7 @@ from finesight.demo.view import answers_table, figures_table, scenes_view
 from finesight.errors import DataError
 from finesight.evaluation.results import read_result
 from finesight.models.load import load_model
-from finesight.recipe import DataSettings, ModelSettings, SourceSettings
+from finesight.recipe import ModelSettings
 from finesight.recipe_files import load_recipe
 
 SETTINGS = DemoSettings.quick()

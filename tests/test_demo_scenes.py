@@ -11,6 +11,7 @@ import pytest
 
 from finesight.data.formats import read_source
 from finesight.data.media import open_image
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.demo.scenes import (
     FIRST_PARITY,
     FIRST_PLUS_ONE,
@@ -31,7 +32,6 @@ from finesight.demo.scenes import (
 )
 from finesight.demo.settings import SceneSettings
 from finesight.errors import DataError
-from finesight.recipe import DataSettings, SourceSettings
 
 SETTINGS = SceneSettings()
 

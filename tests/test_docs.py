@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from finesight.data.formats import read_source
-from finesight.recipe import DataSettings, Recipe, SourceSettings
+from finesight.data_settings import DataSettings, SourceSettings
+from finesight.recipe import Recipe
 from finesight.recipe_files import all_setting_names
 from finesight.tasks.graders import GRADERS
 

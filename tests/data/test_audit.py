@@ -15,9 +15,9 @@ from finesight.data.audit import AuditSettings, DatasetAudit, Distribution, audi
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.formats import read_source
 from finesight.data.sample import Sample, VisualItem
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import BadRow
 from finesight.geometry import Grid
-from finesight.recipe import DataSettings, SourceSettings
 from finesight.recipe_files import parse_recipe
 
 

@@ -23,8 +23,8 @@ from finesight.data.conversation import Conversation, MediaRef, Part, Role, RowS
 from finesight.data.encode import Encoder
 from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError, MediaError, TemplateError
-from finesight.recipe import DataSettings
 from qwen_text import QWEN2_5_TEMPLATE, QWEN3_TEMPLATE, TEMPLATES, THINKING_TEMPLATE, qwen_like_tokenizer
 from tiny import FAMILIES, tiny_checkpoint, tiny_config
 

@@ -17,8 +17,8 @@ from finesight.data.formats import read_source
 from finesight.data.kept import StoredItems
 from finesight.data.processor import load_processor
 from finesight.data.steps import plan_packs
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import DataError
-from finesight.recipe import DataSettings, SourceSettings
 from tiny import tiny_checkpoint
 from tiny_runs import MAX_PIXELS, MIN_PIXELS, write_rows
 

@@ -16,8 +16,8 @@ from PIL import Image
 from finesight.data.conversation import Conversation
 from finesight.data.formats import ReadResult, accept, read_source
 from finesight.data.media import image_size, media_key
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import BadRow, DataError
-from finesight.recipe import DataSettings, SourceSettings
 
 
 def png(seed: int = 0, width: int = 12, height: int = 8) -> bytes:

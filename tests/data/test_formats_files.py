@@ -19,8 +19,8 @@ from PIL import Image
 from finesight.data.conversation import Conversation
 from finesight.data.formats import ReadResult, read_source
 from finesight.data.media import image_size, open_image
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import DataError
-from finesight.recipe import DataSettings, SourceSettings
 
 ROWS = [{"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}], "id": i} for i in range(3)]
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from finesight.data.formats import ReadResult, read_source
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import DataError
-from finesight.recipe import DataSettings, SourceSettings
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 CHAT = [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": "Kane."}]

@@ -15,8 +15,8 @@ from finesight.data.conversation import MediaRef, Part
 from finesight.data.pixels import cut_patches, patches_side_by_side, value_table, visual_patches
 from finesight.data.processor import Processor, load_processor
 from finesight.data.visual import measure
+from finesight.data_settings import DataSettings
 from finesight.errors import MediaError
-from finesight.recipe import DataSettings
 from tiny import tiny_checkpoint
 
 

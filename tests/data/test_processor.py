@@ -15,10 +15,10 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from finesight.data.processor import checkpoint_folder, load_processor
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError, RecipeError
 from finesight.families import QWEN3_VL
 from finesight.geometry import PatchLayout, PixelLimits
-from finesight.recipe import DataSettings
 from tiny import CHAT_TEMPLATE, FAMILIES, tiny_checkpoint
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.split import held_out_source, hold_out, image_groups, is_share
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError
-from finesight.recipe import DataSettings
 
 
 def image(number: int) -> Image.Image:

@@ -12,9 +12,9 @@ from PIL import Image
 from finesight.data.conversation import MediaRef, Part
 from finesight.data.processor import Processor, load_processor
 from finesight.data.visual import measure
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError
 from finesight.geometry import Grid
-from finesight.recipe import DataSettings
 from tiny import tiny_checkpoint
 
 DATA = DataSettings(min_pixels=2048, max_pixels=40_000, video_min_pixels=2048, video_max_pixels=40_000, max_frames=8)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.encode import Encoder
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError, EvaluationError
 from finesight.evaluation.compare import compare
 from finesight.evaluation.evaluate import evaluate, evaluate_model, sampling_settings
@@ -22,7 +23,7 @@ from finesight.evaluation.results import media_label, prompt_text, read_result
 from finesight.families import FAMILIES as TABLE
 from finesight.models.adapters import apply_tuning
 from finesight.models.load import LoadedModel, load
-from finesight.recipe import DataSettings, EvaluationSettings, TuningSettings
+from finesight.recipe import EvaluationSettings, TuningSettings
 from finesight.sampling.types import Completion, SamplingSettings
 from finesight.tasks.graders import get_grader
 from finesight.tasks.task import Task

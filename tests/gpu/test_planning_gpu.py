@@ -12,8 +12,8 @@ from finesight.errors import PlanError
 from finesight.planner.gpus import GPUS
 from finesight.training.planning import available_bytes, decide, gpu_here, situation_of
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
-from finesight.training.session import start_accelerator
 from tiny import tiny_checkpoint
 from tiny_runs import tiny_recipe, write_rows
 

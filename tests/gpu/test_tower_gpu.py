@@ -15,8 +15,9 @@ from finesight.data.pack import pack_step
 from finesight.models.features import FeatureCache, tower_fingerprint
 from finesight.models.packed import PackedModel
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
-from finesight.training.session import Session, start_accelerator
+from finesight.training.session import Session
 from gpu.test_forest_gpu import middle_model
 from parity.reference import Builder
 from parity.test_packed_parity import mixed

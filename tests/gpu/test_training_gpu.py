@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
-from finesight.training.session import Session, start_accelerator
+from finesight.training.session import Session
 from finesight.training.sft import SupervisedFineTuning
 from tiny import tiny_checkpoint
 from tiny_runs import tiny_recipe, write_rows

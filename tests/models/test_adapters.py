@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError
 from finesight.families import FAMILIES as TABLE
 from finesight.models.adapters import (
@@ -24,7 +25,7 @@ from finesight.models.adapters import (
     save_adapter,
     target_modules,
 )
-from finesight.recipe import DataSettings, TuningSettings
+from finesight.recipe import TuningSettings
 from tiny import FAMILIES, tiny_model
 
 _IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)

@@ -10,11 +10,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError, RecipeError
 from finesight.families import FAMILIES as TABLE
 from finesight.models.adapters import AdapterMetadata, apply_tuning, save_adapter
 from finesight.models.load import choose_device, choose_dtype, load, load_model
-from finesight.recipe import DataSettings, ModelSettings, TuningSettings
+from finesight.recipe import ModelSettings, TuningSettings
 from tiny import FAMILIES, tiny_checkpoint, tiny_model
 
 

@@ -12,7 +12,8 @@ from finesight.planner.activations import Execution
 from finesight.planner.calibration import GIB
 from finesight.planner.catalogue import CATALOGUE
 from finesight.planner.fit import corrected
-from finesight.planner.plan import MemoryPlan, Policy, plan_memory, policy_of
+from finesight.planner.moments import MemoryPlan, Policy
+from finesight.planner.plan import plan_memory, policy_of
 from finesight.planner.rollouts import cache_bytes, rollout_bytes
 from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes, filled_pack, filled_run
 from finesight.recipe import Recipe

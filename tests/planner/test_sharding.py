@@ -11,7 +11,8 @@ from finesight.planner.calibration import GIB
 from finesight.planner.catalogue import CATALOGUE
 from finesight.planner.fit import Situation, fit, gpus_that_fit, levers, remedies
 from finesight.planner.gpus import find_gpu
-from finesight.planner.plan import MemoryPlan, Policy, plan_memory
+from finesight.planner.moments import MemoryPlan, Policy
+from finesight.planner.plan import plan_memory
 from finesight.planner.sizes import PackSizes, RunSizes, filled_run
 from finesight.planner.text import heading, refusal, to_dict
 from finesight.recipe import Recipe

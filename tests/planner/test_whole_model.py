@@ -11,7 +11,8 @@ from finesight.families import FAMILIES
 from finesight.models.adapters import apply_tuning
 from finesight.models.packed import PackedModel
 from finesight.planner.activations import Execution
-from finesight.planner.plan import Policy, plan_memory
+from finesight.planner.moments import Policy
+from finesight.planner.plan import plan_memory
 from finesight.planner.shapes import shape_of
 from finesight.planner.sizes import RunSizes
 from finesight.recipe import TuningSettings

@@ -18,12 +18,13 @@ from finesight.data.encode import Encoder
 from finesight.data.pack import pack_step
 from finesight.data.pixels import visual_patches
 from finesight.data.sample import Sample
+from finesight.data_settings import DataSettings
 from finesight.errors import RecipeError
 from finesight.families import FAMILIES as TABLE
 from finesight.models.adapters import apply_tuning
 from finesight.models.load import LoadedModel, load
 from finesight.models.packed import PackedModel
-from finesight.recipe import DataSettings, TuningSettings
+from finesight.recipe import TuningSettings
 from finesight.sampling.forking_sampler import ForkingSampler, _Run
 from finesight.sampling.types import SamplingSettings
 from tiny import FAMILIES, tiny_checkpoint

@@ -18,9 +18,9 @@ from finesight.data.conversation import Conversation, MediaRef, Part, RowSource,
 from finesight.data.encode import Encoder
 from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
+from finesight.data_settings import DataSettings
 from finesight.errors import EngineError
 from finesight.grpo_settings import RolloutSettings
-from finesight.recipe import DataSettings
 from finesight.sampling import vllm_server
 from finesight.sampling.types import SamplingSettings
 from finesight.sampling.vllm_protocol import ChatAnswer, Choice, ModelCard, base_card, chat_request, check_prompt, completion_of, data_url

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from finesight.cli import main
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError
 from finesight.models.adapter_metadata import ADAPTER_CONFIG, METADATA
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import ModelSettings
 from finesight.serve.engines import AdapterFacts, EngineCommand, Wanted, engine_command, parse_version
 from finesight.serve.settings import ServeSettings
 from tiny import tiny_checkpoint

@@ -9,8 +9,8 @@ from PIL import Image
 
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.processor import load_processor
+from finesight.data_settings import DataSettings
 from finesight.errors import EvaluationError
-from finesight.recipe import DataSettings
 from finesight.tasks.boxes import Box, box_f1, boxes_of, first_box_iou, iou, matched_iou, point_in_box, read_boxes, read_point
 from finesight.tasks.frames import frames_of
 from finesight.tasks.graders import get_grader

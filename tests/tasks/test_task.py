@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from finesight.data.conversation import Conversation, Part, RowSource, Turn
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError, EvaluationError
-from finesight.recipe import DataSettings, TaskSettings
+from finesight.recipe import TaskSettings
 from finesight.tasks.task import evenly_spread, load_task
 
 

@@ -42,7 +42,8 @@ torch.set_num_threads(1)
 from pathlib import Path
 from finesight.recipe_files import load_recipe
 from finesight.training.prepare import prepare
-from finesight.training.session import Session, start_accelerator
+from finesight.training.processes import start_accelerator
+from finesight.training.session import Session
 recipe = load_recipe({recipes!r}[0])
 session = Session(prepare(recipe), start_accelerator(recipe, Path(recipe.training.output_dir)))
 def no_room(gradient):

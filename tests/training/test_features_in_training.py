@@ -17,8 +17,9 @@ from finesight.data import feed as feed_module
 from finesight.errors import ModelError, TrainingError
 from finesight.recipe import Recipe
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
-from finesight.training.session import RunResult, Session, start_accelerator
+from finesight.training.session import RunResult, Session
 from finesight.training.sft import SupervisedFineTuning
 from tiny_runs import tiny_recipe, write_rows
 

@@ -10,8 +10,9 @@ import torch
 from finesight.errors import RecipeError, TrainingError
 from finesight.training.checkpoint import list_checkpoints
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
-from finesight.training.session import Session, start_accelerator
+from finesight.training.session import Session
 from finesight.training.sft import SupervisedFineTuning
 from tiny_runs import tiny_recipe
 from training.test_loop import distance, weights

@@ -17,10 +17,11 @@ from finesight.errors import EvaluationError, RecipeError
 from finesight.recipe_files import dump_recipe, load_recipe, parse_recipe
 from finesight.training.grpo import GRPO
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.run import train
 from finesight.training.run_sizes import DataSizes
-from finesight.training.session import Session, start_accelerator
+from finesight.training.session import Session
 from finesight.training.telemetry import read_metrics
 from tiny_runs import tiny_recipe, write_rows
 from training.test_loop import distance, weights

@@ -15,7 +15,8 @@ from finesight.errors import RecipeError, TrainingError
 from finesight.training.checkpoint import list_checkpoints
 from finesight.training.loop import StopSignals
 from finesight.training.prepare import prepare
-from finesight.training.session import RunResult, Session, start_accelerator
+from finesight.training.processes import start_accelerator
+from finesight.training.session import RunResult, Session
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.telemetry import read_metrics
 from tiny_runs import tiny_recipe

@@ -19,7 +19,8 @@ from finesight.models.memory import is_out_of_memory
 from finesight.training.ahead import StepsAhead
 from finesight.training.out_of_memory import updating_weights
 from finesight.training.prepare import prepare
-from finesight.training.session import RunResult, Session, start_accelerator
+from finesight.training.processes import start_accelerator
+from finesight.training.session import RunResult, Session
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.telemetry import read_metrics
 from tiny_runs import tiny_recipe

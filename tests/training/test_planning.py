@@ -20,9 +20,10 @@ from finesight.planner.plan import plan_memory
 from finesight.training.memory_probe import probe_memory
 from finesight.training.planning import decide, largest_pack, plan_here, will_compile
 from finesight.training.prepare import Prepared, prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
 from finesight.training.run_sizes import DataSizes, pack_sizes
-from finesight.training.session import Session, start_accelerator
+from finesight.training.session import Session
 from tiny_runs import tiny_recipe
 
 

@@ -20,8 +20,9 @@ from finesight.errors import CheckpointError
 from finesight.recipe_files import dump_recipe
 from finesight.training.checkpoint import list_checkpoints, newest_valid
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
-from finesight.training.session import Session, start_accelerator
+from finesight.training.session import Session
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.telemetry import read_metrics
 from tiny_runs import tiny_recipe

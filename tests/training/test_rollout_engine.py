@@ -15,8 +15,9 @@ from PIL import Image
 from pyarrow import parquet
 from rich.console import Console
 
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError, EngineError, RecipeError
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import ModelSettings
 from finesight.recipe_files import parse_recipe
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.types import SamplingSettings
@@ -24,9 +25,10 @@ from finesight.sampling.vllm_sampler import prompt_seed
 from finesight.serve.models import ModelShelf
 from finesight.training.grpo import GRPO
 from finesight.training.prepare import prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.run import train
 from finesight.training.run_sizes import rollout_sizes
-from finesight.training.session import Session, start_accelerator
+from finesight.training.session import Session
 from serve.conftest import Running, running
 from tiny import FAMILIES, tiny_checkpoint
 from tiny_runs import MAX_PIXELS, MIN_PIXELS, tiny_recipe

@@ -18,10 +18,11 @@ from finesight.data.conversation import Conversation, MediaRef, Part, RowSource,
 from finesight.data.encode import Encoder
 from finesight.data.media_policy import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from finesight.data.pixels import visual_patches
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError, FinesightError
 from finesight.models.load import LoadedModel, load_model
 from finesight.models.packed import PackedModel
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import ModelSettings
 from finesight.sampling.engine import DecodingEngine, answering, fitting_blocks
 from finesight.sampling.requests import EngineSize, Request, Token, blocks_for
 from finesight.sampling.text import TextStream

@@ -14,6 +14,7 @@ from rich.table import Table
 from finesight.cli.progress import task_progress
 from finesight.cli.weights import is_adapter_folder
 from finesight.data.conversation import Conversation
+from finesight.data_settings import DataSettings
 from finesight.errors import EvaluationError
 from finesight.evaluation.compare import Comparison, compare
 from finesight.evaluation.evaluate import evaluate_model
@@ -22,7 +23,7 @@ from finesight.evaluation.report import write_report
 from finesight.evaluation.results import EvaluationResult, read_result
 from finesight.models.adapter_metadata import read_metadata, restore_data_settings
 from finesight.models.load import load_model
-from finesight.recipe import DataSettings, ModelSettings, Recipe
+from finesight.recipe import ModelSettings, Recipe
 from finesight.recipe_files import dump_recipe
 from finesight.tasks.graders import GRADERS, check_graders
 from finesight.tasks.task import Task, load_task

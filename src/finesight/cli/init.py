@@ -14,8 +14,9 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from finesight.data_settings import ColumnSettings, SourceSettings
 from finesight.errors import RecipeError
-from finesight.recipe import ColumnSettings, Recipe, Settings, SourceSettings, TaskSettings
+from finesight.recipe import Recipe, Settings, TaskSettings
 from finesight.recipe_files import parse_recipe, section_class
 from finesight.tasks.graders import get_grader
 from finesight.tasks.user_code import is_user_function

@@ -13,7 +13,7 @@ from finesight.planner.activations import Execution
 from finesight.planner.catalogue import find_shape
 from finesight.planner.fit import Change, Situation, as_stored, choose_policy, fit, gpus_that_fit, levers
 from finesight.planner.gpus import Gpu, find_gpu, parse_memory
-from finesight.planner.plan import MemoryPlan
+from finesight.planner.moments import MemoryPlan
 from finesight.planner.shapes import ModelShape
 from finesight.planner.sizes import RunSizes, filled_run
 from finesight.planner.speed import REFERENCE

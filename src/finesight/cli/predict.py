@@ -19,11 +19,12 @@ from finesight.data.formats import accept, read_source
 from finesight.data.media_policy import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from finesight.data.pixels import visual_patches
 from finesight.data.tables import FILE_SUFFIXES
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import BadRow, DataError, FinesightError, RecipeError
 from finesight.evaluation.results import media_label, prompt_text
 from finesight.models.adapter_metadata import read_metadata, restore_data_settings
 from finesight.models.load import LoadedModel, load_model
-from finesight.recipe import DataSettings, ModelSettings, SourceSettings
+from finesight.recipe import ModelSettings
 from finesight.sampling.engine import stop_ids
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.grammar import GrammarCompiler, read_schema

@@ -19,8 +19,9 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 
 from finesight.data.conversation import Conversation, MediaRef
+from finesight.data_settings import DataSettings
 from finesight.errors import BadRow, DataError
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import ModelSettings
 from finesight.sampling.types import SamplingSettings
 
 # Settings of the data section that answers depend on.

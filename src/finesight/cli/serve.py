@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from finesight.cli.weights import differing_precision, is_adapter_folder, model_settings, require_weights, run_folder
+from finesight.data_settings import DataSettings
 from finesight.errors import FinesightError, ModelError
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import ModelSettings
 from finesight.serve.settings import ServeSettings
 
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from finesight.cli.flags import in_flags
 from finesight.cli.serve import served
 from finesight.cli.weights import QUANTIZED, differing_precision
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError
 from finesight.models.adapter_metadata import METADATA, restore_data_settings
-from finesight.recipe import DataSettings
 from finesight.serve.engines import AdapterFacts, EngineCommand, EngineName, Version, Wanted, engine_command, parse_version
 from finesight.serve.settings import ServeSettings
 

@@ -21,8 +21,8 @@ from finesight.data.conversation import Conversation, MediaRef, Part, RowSource
 from finesight.data.row_parts import Kind, Pieces, fill_slots, split_tags
 from finesight.data.rows import RowReader, media_column
 from finesight.data.tables import Row
+from finesight.data_settings import ColumnSettings
 from finesight.errors import DataError
-from finesight.recipe import ColumnSettings
 
 # What columns are usually called, for the example block of an unrecognised table; best guess first.
 _USUAL_NAMES = {

@@ -27,8 +27,8 @@ from finesight.data.media import MediaPolicy, image_size, video_info
 from finesight.data.row_parts import Media
 from finesight.data.rows import RowReader
 from finesight.data.tables import Damaged, Row, RowTable, open_table
+from finesight.data_settings import ColumnSettings, DataSettings, SourceSettings
 from finesight.errors import BadRow, DataError
-from finesight.recipe import ColumnSettings, DataSettings, SourceSettings
 
 logger = logging.getLogger(__name__)
 

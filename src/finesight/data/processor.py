@@ -19,10 +19,10 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError, ModelError, RecipeError
 from finesight.families import Family, family_of
 from finesight.geometry import PatchLayout, PixelLimits
-from finesight.recipe import DataSettings
 
 Hub = Literal["huggingface", "modelscope"]
 

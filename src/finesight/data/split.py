@@ -14,8 +14,8 @@ from pathlib import Path
 from finesight.data.conversation import Conversation
 from finesight.data.media import media_key
 from finesight.data.tables import FILE_SUFFIXES
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import DataError
-from finesight.recipe import DataSettings, SourceSettings
 
 
 def is_share(eval_split: str) -> bool:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finesight import __version__
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError
-from finesight.recipe import DataSettings, Recipe
+from finesight.recipe import Recipe
 
 if TYPE_CHECKING:
     from finesight.data.processor import Processor

@@ -23,13 +23,14 @@ from transformers.utils import logging as transformers_logging
 
 from finesight.allocator import use_expandable_segments
 from finesight.data.processor import Processor, checkpoint_folder, load_processor
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError, RecipeError
 from finesight.families import Family
 from finesight.models.adapter_files import load_adapter
 from finesight.models.adapter_metadata import AdapterMetadata, read_metadata, restore_data_settings
 from finesight.models.quantize import Scheme, quantization_notes, quantize
 from finesight.models.quantized_loading import WhileLoading, adopt_bitsandbytes, stored_precision
-from finesight.recipe import PRECISION_SETTINGS, DataSettings, ModelSettings, Recipe
+from finesight.recipe import PRECISION_SETTINGS, ModelSettings, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from finesight.planner.activations import Execution
 from finesight.planner.gpus import Gpu
-from finesight.planner.plan import MemoryPlan, Policy, plan_memory, policy_of
+from finesight.planner.moments import MemoryPlan, Policy
+from finesight.planner.plan import plan_memory, policy_of
 from finesight.planner.shapes import ModelShape
 from finesight.planner.sizes import RolloutSizes, RunSizes
 from finesight.planner.speed import run_seconds

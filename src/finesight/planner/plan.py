@@ -9,8 +9,7 @@ moments of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 from finesight.planner import calibration as measured
 from finesight.planner.activations import (
@@ -25,14 +24,14 @@ from finesight.planner.activations import (
     second_half,
     tower_block,
 )
+from finesight.planner.moments import MemoryPlan, Moment, Policy
 from finesight.planner.rollouts import rollout_bytes
 from finesight.planner.shapes import ModelShape, Part
 from finesight.planner.sharding import SUMMED_LAST, Sharding
-from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes, largest
+from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes
 from finesight.planner.weights import BYTES, Precision, TrainingBytes, largest_dequantised_bytes, training_bytes, weight_bytes
 from finesight.recipe import Recipe
 
-Policy = Literal["none", "selective", "full", "offload"]
 WEIGHT_LABELS: dict[Part, str] = {
     "language_model": "language model",
     "embeddings": "embeddings",
@@ -40,63 +39,6 @@ WEIGHT_LABELS: dict[Part, str] = {
     "tower": "vision tower",
     "merger": "merger",
 }
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Bytes on the device at one moment of a step."""
-
-    name: str
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a recipe will take.
-
-    Attributes:
-        peak: the moment with most allocated bytes; `peak.total` is what torch would report.
-        processes: GPUs that train together; the plan is that of each.
-        context_bytes, slack_bytes: outside of what is allocated, and needed all the same.
-        correction_bytes: added by a probe, the difference that it measured.
-    """
-
-    model: ModelShape
-    recipe: Recipe
-    policy: Policy
-    execution: Execution
-    precision: Precision
-    sizes: RunSizes
-    moments: tuple[Moment, ...] = field(repr=False)
-    processes: int = 1
-    context_bytes: int = measured.CONTEXT_BYTES
-    slack_share: float = measured.SLACK_SHARE
-    correction_bytes: int = 0
-
-    @property
-    def peak(self) -> Moment:
-        return max(self.moments, key=lambda moment: moment.total)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes allocated at once."""
-        return self.peak.total + self.correction_bytes
-
-    @property
-    def slack_bytes(self) -> int:
-        return int(self.slack_share * self.peak_bytes)
-
-    @property
-    def needed_bytes(self) -> int:
-        """With what the driver and torch's allocator take besides."""
-        return self.peak_bytes + self.slack_bytes + self.context_bytes
-
-    def fits(self, available_bytes: int) -> bool:
-        return self.needed_bytes <= available_bytes
 
 
 def policy_of(recipe: Recipe) -> Policy | None:
@@ -464,8 +406,3 @@ class _Moments:
 
 def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def plan_of_largest(plan: MemoryPlan) -> PackSizes:
-    """A pack that needs as much as any of a plan's: what a probe runs."""
-    return largest(plan.sizes.packs)

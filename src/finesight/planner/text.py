@@ -12,7 +12,7 @@ from rich.text import Text
 
 from finesight.planner.calibration import GIB
 from finesight.planner.fit import Change
-from finesight.planner.plan import MemoryPlan
+from finesight.planner.moments import MemoryPlan
 from finesight.planner.weights import matrices_by_storage
 
 BAR_COLUMNS = 36

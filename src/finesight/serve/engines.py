@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError
 from finesight.models.adapter_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPERT_PARAMETERS, read_metadata, restore_data_settings
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import ModelSettings
 from finesight.serve.settings import ServeSettings
 
 EngineName = Literal["vllm", "sglang"]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from finesight.data.encode import Encoder
 from finesight.data.processor import Processor, checkpoint_folder, load_processor
+from finesight.data_settings import DataSettings
 from finesight.errors import ModelError
 from finesight.models.adapter_metadata import read_metadata, restore_data_settings
 from finesight.models.adapter_switch import AdapterSwitch
 from finesight.models.load import LoadedModel, load_model
 from finesight.models.packed import PackedModel
-from finesight.recipe import DataSettings, ModelSettings
+from finesight.recipe import ModelSettings
 from finesight.sampling.engine import DecodingEngine, fitting_blocks, stop_ids
 from finesight.sampling.grammar import GrammarCompiler
 from finesight.sampling.requests import EngineSize, blocks_for

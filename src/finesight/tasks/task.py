@@ -8,8 +8,9 @@ from pathlib import Path
 
 from finesight.data.conversation import Conversation
 from finesight.data.formats import read_source
+from finesight.data_settings import DataSettings
 from finesight.errors import DataError, EvaluationError
-from finesight.recipe import DataSettings, TaskSettings
+from finesight.recipe import TaskSettings
 from finesight.tasks.graders import get_grader
 from finesight.tasks.grading import Grader
 

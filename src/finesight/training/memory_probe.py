@@ -8,7 +8,7 @@ import torch
 
 from finesight.errors import PlanError, TrainingError
 from finesight.planner.fit import corrected
-from finesight.planner.plan import MemoryPlan
+from finesight.planner.moments import MemoryPlan
 from finesight.planner.text import gib
 from finesight.training.planning import available_bytes, largest_pack
 from finesight.training.run_sizes import SURVEYED_STEPS

@@ -16,7 +16,7 @@ from finesight.planner.calibration import CONTEXT_BYTES
 from finesight.planner.catalogue import find_shape
 from finesight.planner.fit import Situation, as_stored, choose_policy, gpus_that_fit, remedies
 from finesight.planner.gpus import Gpu, find_gpu
-from finesight.planner.plan import MemoryPlan
+from finesight.planner.moments import MemoryPlan
 from finesight.planner.shapes import ModelShape, shape_of
 from finesight.planner.speed import REFERENCE
 from finesight.planner.text import gib, refusal

@@ -23,9 +23,10 @@ from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
 from finesight.data.split import held_out_source, hold_out, is_share
 from finesight.data.steps import Schedule
+from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import BadRow, DataError, RecipeError, TemplateError
 from finesight.models.adapter_metadata import adapter_shape, restore_data_settings
-from finesight.recipe import DataSettings, Recipe, SourceSettings
+from finesight.recipe import Recipe
 from finesight.tasks.frames import frames_of
 from finesight.tasks.graders import check_graders
 from finesight.tasks.reward_types import Reward

@@ -1,17 +1,63 @@
-"""How several processes hold the model that they train: whole in each, or divided over them (`training.sharding`)."""
+"""The processes of a run, and how they hold the model that they train: whole in each, or divided over them (`training.sharding`)."""
 
 from __future__ import annotations
 
+import os
+import random
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+from finesight.allocator import use_expandable_segments
 from finesight.errors import RecipeError
 from finesight.models.load import LoadedModel, choose_dtype, load_model
 from finesight.models.packed import PackedModel
 from finesight.models.sharding import shard
 from finesight.recipe import Recipe, TrainingSettings
+from finesight.training.trackers import LOGS
+
+
+def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | None = None) -> Accelerator:
+    """Device, processes and trackers of a run. Weights keep the precision they are loaded in, so no autocast is on.
+
+    Args:
+        device: of a model that is loaded already; None: the GPU of this process, or the CPU.
+
+    Raises:
+        RecipeError: several processes without the same device kind as the model, a tracker failed to start, or a setting is for a single
+            process.
+    """
+    use_expandable_segments()
+    # accelerate keeps its state for the whole process; a second run in it may want other settings.
+    AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
+    refuse_to_share_alone(recipe.training, int(os.environ.get("WORLD_SIZE", "1")))
+    if recipe.training.gradient_release and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
+            "on one GPU"
+        )
+    # Rows without images leave the tower's parameters without gradients.
+    tower_trains = recipe.tuning.finetune_vision_layers or recipe.tuning.finetune_merger
+    # Buffers (scales of quantised weights, rotary frequencies) are constants, the same in every process.
+    return Accelerator(
+        cpu=(device.type == "cpu") if device is not None else not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=list(recipe.training.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / LOGS)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=tower_trains, broadcast_buffers=False)],
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds all generators that dropout or libraries may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def refuse_to_share_alone(settings: TrainingSettings, processes: int) -> None:

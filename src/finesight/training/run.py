@@ -15,8 +15,9 @@ from finesight.recipe import Recipe
 from finesight.training.memory_probe import probe_memory
 from finesight.training.planning import plan_here
 from finesight.training.prepare import Plan, Prepared, prepare
+from finesight.training.processes import start_accelerator
 from finesight.training.saving import find_resume, nothing_to_resume
-from finesight.training.session import RunResult, Session, start_accelerator
+from finesight.training.session import RunResult, Session
 from finesight.training.state import check_same_run, data_fingerprint, read_trainer_state
 from finesight.training.trackers import check_trackers
 

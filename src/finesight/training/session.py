@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -12,16 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from finesight.allocator import use_expandable_segments
 from finesight.data.feed import Feed
 from finesight.data.processor import Processor
 from finesight.errors import FinesightError, ModelError, RecipeError
@@ -33,8 +27,7 @@ from finesight.models.packed import PackedModel
 from finesight.models.parameters import ParameterCounts, count_parameters
 from finesight.models.tuning_notes import thinking_warning
 from finesight.models.vision import patch_dtype
-from finesight.planner.plan import MemoryPlan
-from finesight.recipe import Recipe
+from finesight.planner.moments import MemoryPlan
 from finesight.recipe_files import RECIPE_FILE, RUN_FILE, dump_recipe
 from finesight.sampling.forking_sampler import ForkingSampler
 from finesight.sampling.types import SamplingSettings
@@ -49,7 +42,7 @@ from finesight.training.optimizer import StepOptimizer
 from finesight.training.parameter_groups import group_part
 from finesight.training.planning import plan_note, will_compile
 from finesight.training.prepare import Plan, Prepared, data_seed
-from finesight.training.processes import load_for_training, over_processes, refuse_to_share_alone
+from finesight.training.processes import load_for_training, over_processes, seed_everything
 from finesight.training.rollout_engine import rollout_engine
 from finesight.training.rollout_shares import Processes
 from finesight.training.rollout_source import RolloutSource
@@ -59,7 +52,7 @@ from finesight.training.saving import RunSaver
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.state import TrainerState, data_fingerprint
 from finesight.training.telemetry import Telemetry, counted, duration
-from finesight.training.trackers import LOGS, flat_settings, tracker_arguments
+from finesight.training.trackers import flat_settings, tracker_arguments
 from finesight.training.validation import HeldOutValidation
 from finesight.training.weights import gather_weights, save_weights, weights_folder
 
@@ -86,44 +79,6 @@ class RunResult:
     @property
     def interrupted(self) -> bool:
         return self.stop_reason == "interrupted"
-
-
-def start_accelerator(recipe: Recipe, output_dir: Path, device: torch.device | None = None) -> Accelerator:
-    """Device, processes and trackers of a run. Weights keep the precision they are loaded in, so no autocast is on.
-
-    Args:
-        device: of a model that is loaded already; None: the GPU of this process, or the CPU.
-
-    Raises:
-        RecipeError: several processes without the same device kind as the model, a tracker failed to start, or a setting is for a single
-            process.
-    """
-    use_expandable_segments()
-    # accelerate keeps its state for the whole process; a second run in it may want other settings.
-    AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
-    refuse_to_share_alone(recipe.training, int(os.environ.get("WORLD_SIZE", "1")))
-    if recipe.training.gradient_release and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError(
-            "training.gradient_release is for a single process, since gradients are gone before they could be averaged: set it to false, or train "
-            "on one GPU"
-        )
-    # Rows without images leave the tower's parameters without gradients.
-    tower_trains = recipe.tuning.finetune_vision_layers or recipe.tuning.finetune_merger
-    # Buffers (scales of quantised weights, rotary frequencies) are constants, the same in every process.
-    return Accelerator(
-        cpu=(device.type == "cpu") if device is not None else not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=list(recipe.training.report_to) or None,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / LOGS)),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=tower_trains, broadcast_buffers=False)],
-    )
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds all generators that dropout or libraries may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class Session:

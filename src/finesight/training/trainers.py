@@ -14,11 +14,12 @@ from finesight.data.conversation import Conversation
 from finesight.data.formats import ReadResult, read_source
 from finesight.data.processor import Processor
 from finesight.data.tables import RowTable
+from finesight.data_settings import SourceSettings
 from finesight.errors import DataError, RecipeError
 from finesight.foreign_names import BATCH_NAMES, FOREIGN_NAMES
 from finesight.grpo_settings import RewardSettings
 from finesight.models.load import LoadedModel
-from finesight.recipe import Recipe, SourceSettings
+from finesight.recipe import Recipe
 from finesight.recipe_files import all_setting_names, parse_recipe
 from finesight.training.foreign_arguments import settings_of_arguments, settings_of_peft_config
 from finesight.training.run import RunResult, run_recipe

@@ -28,7 +28,7 @@ def chat(
     """
     from finesight.cli.chat import chat_with
     from finesight.cli.weights import model_settings
-    from finesight.recipe import DataSettings
+    from finesight.data_settings import DataSettings
     from finesight.sampling.types import SamplingSettings
 
     with errors_in_flags():

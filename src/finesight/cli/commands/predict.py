@@ -40,7 +40,7 @@ def predict(
     """
     from finesight.cli.predict import predict_to
     from finesight.cli.weights import model_settings
-    from finesight.recipe import DataSettings, SourceSettings
+    from finesight.data_settings import DataSettings, SourceSettings
     from finesight.sampling.types import SamplingSettings
 
     with errors_in_flags():

@@ -54,7 +54,7 @@ def serve(
     """
     from finesight.cli.serve import serve_models
     from finesight.cli.serve_engine import hand_over
-    from finesight.recipe import DataSettings
+    from finesight.data_settings import DataSettings
     from finesight.serve.settings import ServeSettings
 
     limits = ServeSettings(
