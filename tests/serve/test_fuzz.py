@@ -52,7 +52,7 @@ class Servers:
         broken = [data_url(png()[:-9]), "data:image/png;base64,AAAA", "data:image/svg+xml,<svg/>", "data:,", "data:;base64", ""]
         reaching = [*near, *named, *broken, *private_urls(listener.port), data_url(), data_url(png(2, 32, 96))]
         self.urls = st.sampled_from([data_url()] * 20 + reaching)
-        adapters = [str(folder / "adapters" / "good")] * 4 + [
+        adapters = [str(folder / "adapters" / "good")] * 30 + [
             str(folder / "adapters" / name) for name in ("broken", "link", "../media", "")
         ]
         self.folders = st.sampled_from([*adapters, str(folder / "outside"), *near, *named])
@@ -115,7 +115,7 @@ def check(response: httpx.Response, call: Call) -> None:
 @pytest.mark.timeout(max(120, REQUESTS))
 def test_no_request_breaks_the_server(servers):
     document = CLIENT.get(f"{servers.opened.address}/openapi.json").json()
-    drawn = calls(document, ["tiny", "charts", "invoices.v1"] * 3 + ["one", "two"], servers.urls, servers.folders)
+    drawn = calls(document, ["tiny", "charts", "invoices.v1"] * 6 + ["one", "two"], servers.urls, servers.folders)
     statuses: Counter[int] = Counter()
     answered: Counter[str] = Counter()  # 200 by path
 
