@@ -61,10 +61,10 @@ CLAIM = Claim(
     "grpo_step",
     "A whole step of GRPO: completions, rewards, update",
     (
+        _ours("ours-compiled", "--compile", "--steps", "6", "--warm", "3"),
         _ours("ours", "--steps", "4", "--warm", "2"),
         _peer("trl-8", "trl", "--batch", "8", "--no-gc", "--steps", "3", "--warm", "1"),
         _peer("unsloth-8-checkpointed", "unsloth", "--batch", "8", "--steps", "4", "--warm", "2"),
-        _ours("ours-compiled", "--compile", "--steps", "6", "--warm", "3"),
         _peer("unsloth-8", "unsloth", "--batch", "8", "--no-gc", "--steps", "4", "--warm", "2"),
         _peer("trl-16", "trl", "--batch", "16", "--no-gc", "--steps", "3", "--warm", "1"),
         _peer("unsloth-16", "unsloth", "--batch", "16", "--no-gc", "--steps", "4", "--warm", "2"),
