@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from finesight.data.conversation import MediaRef, Part
-from finesight.data.pixels import cut_patches, patches_side_by_side, value_table, visual_patches
+from finesight.data.pixels import cut_patches, value_table, visual_patches
 from finesight.data.processor import Processor, load_processor
 from finesight.data.visual import measure
 from finesight.data_settings import DataSettings
@@ -131,20 +131,6 @@ def test_value_table_follows_the_settings_of_the_image_processor(processor: Proc
     assert table.shape == (3, 256) and table.dtype == np.float32
     plain = replace(processor, image_settings={**processor.image_settings, "do_rescale": False, "do_normalize": False})
     assert np.array_equal(value_table(plain)[1], np.arange(256, dtype=np.float32))
-
-
-def test_several_images_side_by_side(processor: Processor, tmp_path: Path) -> None:
-    parts = [Part("image", media=MediaRef(image=picture(60 + 20 * n, 80, seed=n))) for n in range(5)]
-    items = [measure(part, processor).item(()) for part in parts]
-    found = patches_side_by_side([*items, items[0]], processor)
-    assert list(found) == [item.key for item in items]
-    assert all(np.array_equal(found[item.key], visual_patches(item, processor)) for item in items)
-    path = tmp_path / "gone.png"
-    picture(50, 50).save(path)
-    lost = measure(Part("image", media=MediaRef(path=str(path))), processor).item(())
-    path.unlink()
-    with pytest.raises(MediaError, match=r"gone\.png"):
-        patches_side_by_side([*items, lost], processor)
 
 
 def test_missing_files_say_so(processor: Processor, tmp_path: Path) -> None:

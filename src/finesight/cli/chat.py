@@ -23,7 +23,8 @@ from finesight.errors import DataError, FinesightError
 from finesight.models.load import LoadedModel, load_model
 from finesight.models.packed import PackedModel
 from finesight.recipe import ModelSettings
-from finesight.sampling.engine import DecodingEngine, answering, fitting_blocks
+from finesight.sampling.blocks import fitting_blocks
+from finesight.sampling.engine import DecodingEngine, answering
 from finesight.sampling.requests import EngineSize, Request, Token, blocks_for
 from finesight.sampling.text import TextStream
 from finesight.sampling.types import Completion, SamplingSettings

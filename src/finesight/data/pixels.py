@@ -7,9 +7,6 @@ looked up in a table of what the image processor itself makes of the 256 values 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -22,8 +19,6 @@ from finesight.errors import DataError
 from finesight.geometry import PatchLayout
 
 _CHANNELS = 3
-# Images opened at once; they are large, and so are their patches.
-_THREADS = 8
 
 
 def visual_patches(item: VisualItem, processor: Processor) -> np.ndarray:
@@ -57,20 +52,6 @@ def resized_frames(item: VisualItem, processor: Processor) -> list[Image.Image]:
     size = (item.resized_width, item.resized_height)
     resample = Image.Resampling(int(processor.image_processor.resample))
     return [frame if frame.size == size else frame.resize(size, resample) for frame in frames]
-
-
-def patches_side_by_side(items: Sequence[VisualItem], processor: Processor) -> dict[str, np.ndarray]:
-    """:func:`visual_patches` of several images and videos by their keys, opened in threads.
-
-    Raises:
-        MediaError: one of them cannot be decoded.
-    """
-    by_key = {item.key: item for item in items}
-    if len(by_key) < 2:
-        return {key: visual_patches(item, processor) for key, item in by_key.items()}
-    value_table(processor)  # made once, ahead of the threads
-    with ThreadPoolExecutor(min(len(by_key), _THREADS, os.cpu_count() or 1)) as pool:
-        return dict(zip(by_key, pool.map(lambda item: visual_patches(item, processor), by_key.values()), strict=True))
 
 
 def cut_patches(frames: list[np.ndarray], processor: Processor) -> np.ndarray:

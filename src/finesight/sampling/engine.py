@@ -14,9 +14,10 @@ Nothing here knows of threads: whoever owns an engine calls it from one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Literal, cast
 
 import numpy as np
@@ -25,14 +26,15 @@ from torch import nn
 
 from finesight.data.batch import PackedBatch, build_batch
 from finesight.data.pack import pack_step
-from finesight.data.pixels import patches_side_by_side
 from finesight.data.processor import Processor
 from finesight.data.sample import Sample
 from finesight.errors import GrammarError, ModelError
 from finesight.models.compilation import CompiledFunction
-from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, block_bytes
+from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool
 from finesight.models.packed import PackedModel
+from finesight.sampling.blocks import slots_of
 from finesight.sampling.drawing import Draw, draw, uniform_draws
+from finesight.sampling.opening import Opening
 from finesight.sampling.requests import Answer, EngineSize, Lane, Request, Token, asked_of, blocks_for
 from finesight.sampling.rows import MOST_TOP_LOGPROBS, Drawn, Flight, Rows, StepKind
 from finesight.sampling.text import TextStream, decode
@@ -41,10 +43,10 @@ from finesight.sampling.types import Completion
 _STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # Tokens of prompts that are computed in one pass.
 PREFILL_TOKENS = 8192
-# Of the GPU memory that is free when answering begins, what keys and values may take.
-_FREE_SHARE = 0.8
 # Steps before another lane has its turn: changing the adapter walks over all layers.
 _STEPS_A_TURN = 8
+# Requests that wait whose images are opened ahead of their turn.
+_OPENED_AHEAD = 64
 
 
 def stop_ids(processor: Processor) -> frozenset[int]:
@@ -107,6 +109,7 @@ class DecodingEngine:
         self._steps_left = 0
         self._in_use: Lane | None = None  # the lane whose adapter was put to work last
         self._arrivals = 0
+        self._opening = Opening(processor)
         self._refused: Request | None = None  # the oldest one that the pool had no room for; later ones do not overtake it
         self._flying: tuple[Lane, Flight] | None = None
         self._captures = self.decoder.can_be_captured
@@ -148,7 +151,10 @@ class DecodingEngine:
             raise ModelError(f"top_logprobs is {request.top_logprobs}; it must be between 0 and {MOST_TOP_LOGPROBS}.")
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         request.waiting.extend(range(request.settings.num_generations))
-        self._lane(request.adapter).waiting.append(request)
+        waiting = self._lane(request.adapter).waiting
+        waiting.append(request)
+        if len(waiting) <= _OPENED_AHEAD:
+            self._open_ahead([request])
 
     def cancel(self, request: Request) -> None:
         """Ends a request at once; nothing more is heard of it. One that has ended is left alone."""
@@ -161,6 +167,7 @@ class DecodingEngine:
             lane.begun.remove(request)
             self.pool.give_back(request.blocks)
         request.waiting.clear()
+        self._opening.forget(request.sample.visual_items)
         for row, answer in enumerate(lane.answers):
             if answer is not None and answer.request is request:
                 self._free(lane, row)
@@ -264,7 +271,8 @@ class DecodingEngine:
 
     def _prefill(self, requests: Sequence[Request]) -> None:
         batch, order = self._batch([request.sample for request in requests])
-        slots = np.concatenate([_slots(requests[index].blocks, len(requests[index].sample)) for index in order])
+        self._open_ahead(islice((request for lane in self._turn for request in lane.waiting), _OPENED_AHEAD))
+        slots = np.concatenate([slots_of(requests[index].blocks, len(requests[index].sample)) for index in order])
         logits = self.decoder.prefill(batch, torch.from_numpy(slots).to(self.device, non_blocking=True))
         for index, row in zip(order, logits, strict=True):
             requests[index].logits = row
@@ -275,8 +283,8 @@ class DecodingEngine:
         (plan,) = pack_step(samples, token_budget=total, share=False)
         cache = self.packed.feature_cache
         items = {item.key: item for sample in samples for item in sample.visual_items}
-        stored = frozenset() if cache is None else frozenset(cache.known(dict.fromkeys(items)))
-        patches = patches_side_by_side([item for key, item in items.items() if key not in stored], self.processor)
+        stored = self._kept(items)
+        patches = self._opening.take(item for key, item in items.items() if key not in stored)
         batch = build_batch(
             plan,
             lambda item: patches[item.key],
@@ -290,6 +298,18 @@ class DecodingEngine:
         if cache is not None:
             batch = cache.prefetch(batch, self.device).result()
         return batch.to(self.device), order
+
+    def _kept(self, keys: Iterable[str]) -> frozenset[str]:
+        """Images and videos whose features are kept, so that nobody needs their pixels."""
+        cache = self.packed.feature_cache
+        return frozenset() if cache is None else frozenset(cache.known(dict.fromkeys(keys)))
+
+    def _open_ahead(self, requests: Iterable[Request]) -> None:
+        """Starts opening the images of requests that wait."""
+        for request in requests:
+            items = request.sample.visual_items
+            stored = self._kept(item.key for item in items)
+            self._opening.begin(item for item in items if item.key not in stored)
 
     def _begin(self, lane: Lane, request: Request) -> int | None:
         """A free row for the next answer of a request; None if the pool has no room for it."""
@@ -408,30 +428,6 @@ class DecodingEngine:
         lane.answers[row] = None
         self.pool.give_back(answer.blocks)
         lane.rows.clear(row)
-
-
-def fitting_blocks(packed: PackedModel, wanted: int, needed: int) -> int:
-    """As many blocks as wanted, or as the free memory of a GPU has room for.
-
-    Raises:
-        ModelError: it has less than needed.
-    """
-    device = packed.device
-    if device.type != "cuda":
-        return wanted
-    free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    fitting = int(free_bytes * _FREE_SHARE) // block_bytes(packed.base.config.text_config, packed.compute_dtype)
-    if fitting < needed:
-        raise ModelError(
-            f"The GPU has {free_bytes / 2**30:.1f} GiB free, too little for the keys and values of one answer "
-            f"({(needed - 1) * BLOCK_TOKENS:,} tokens). Lower max_completion_length or data.max_pixels."
-        )
-    return min(wanted, fitting)
-
-
-def _slots(blocks: Sequence[int], tokens: int) -> np.ndarray:
-    """(tokens,) int64: where in the pool the tokens of a row lie."""
-    return (np.asarray(blocks)[:, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)).reshape(-1)[:tokens].astype(np.int64)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from finesight.data.processor import Processor
 from finesight.data.sample import Sample
 from finesight.errors import ModelError
 from finesight.models.packed import PackedModel
-from finesight.sampling.engine import DecodingEngine, answering, drawing, fitting_blocks, stop_ids
+from finesight.sampling.blocks import fitting_blocks
+from finesight.sampling.engine import DecodingEngine, answering, drawing, stop_ids
 from finesight.sampling.grammar import Grammar
 from finesight.sampling.requests import EngineSize, Request, blocks_for
 from finesight.sampling.types import Completion, Progress, SamplingSettings

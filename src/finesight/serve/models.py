@@ -17,7 +17,8 @@ from finesight.models.adapter_switch import AdapterSwitch
 from finesight.models.load import LoadedModel, load_model
 from finesight.models.packed import PackedModel
 from finesight.recipe import ModelSettings
-from finesight.sampling.engine import DecodingEngine, fitting_blocks, stop_ids
+from finesight.sampling.blocks import fitting_blocks
+from finesight.sampling.engine import DecodingEngine, stop_ids
 from finesight.sampling.grammar import GrammarCompiler
 from finesight.sampling.requests import EngineSize, blocks_for
 from finesight.serve.settings import ServeSettings
