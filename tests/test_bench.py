@@ -371,8 +371,8 @@ def tried(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 class TestClaims:
     @pytest.mark.parametrize("name", NAMES)
     def test_each_can_be_run(self, name: str, tried: Path) -> None:
-        content = json.loads((tried / f"{name}-{claim.TINY_MODEL}.json").read_text(encoding="utf-8"))
         mine = claim_of(name)
+        content = json.loads(claim.results_path(tried, mine, claim.TINY_MODEL).read_text(encoding="utf-8"))
         assert {row["label"] for row in content["rows"]} == set(TRIED.get(name, [run.label for run in mine.runs]))
         ours = [row for row in content["rows"] if row["module"] not in claim.PEERS and name not in PEERS_NEEDED]
         assert ours or name.startswith("peer") or name in PEERS_NEEDED
