@@ -180,6 +180,21 @@ class TestCheck:
         assert ran.status == 1
         assert "longer than 90 tokens" in ran.out
 
+    @pytest.mark.parametrize(
+        ("reward", "reason"),
+        [
+            ("none.py:f", "none.py does not exist"),
+            ("own.py:needs", "takes 'difficulty', which is no column of the rows"),
+            ("box_f1", "data/train.jsonl, row 0"),
+            ("exact_mach", "Did you mean 'exact_match'"),
+        ],
+    )
+    def test_rewards_that_training_would_refuse(self, work: Path, run: Run, reward: str, reason: str) -> None:
+        Path("own.py").write_text("def needs(completions, difficulty):\n    return difficulty\n", encoding="utf-8")
+        assert run("check", "recipe.yaml", "grpo={}", "rewards=[exact_match]").status == 0
+        ran = run("check", "recipe.yaml", "grpo={}", f"rewards=[{reward}]")
+        assert ran.status == 2 and reason in ran.err
+
     def test_missing_data(self, work: Path, run: Run) -> None:
         ran = run("check", "data/none.jsonl")
         assert ran.status == 2 and "data/none.jsonl does not exist" in ran.err

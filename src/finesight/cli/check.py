@@ -15,13 +15,16 @@ from finesight.data.conversation import Conversation, MediaRef
 from finesight.data.encode import recipe_encoder
 from finesight.data.formats import ReadResult, read_source
 from finesight.data.media import open_image
-from finesight.data.processor import load_processor
+from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
 from finesight.data.split import held_out_source, hold_out, is_share
 from finesight.errors import BadRow, MediaError, RecipeError
 from finesight.models.adapter_metadata import restore_data_settings
 from finesight.recipe import Recipe
 from finesight.recipe_files import load_recipe
+from finesight.tasks.frames import frames_of
+from finesight.tasks.graders import check_graders
+from finesight.tasks.rewards import check_rewards, load_rewards
 from finesight.training.prepare import data_seed, encode_all
 from finesight.training.telemetry import progress
 
@@ -52,8 +55,11 @@ def check_recipe(recipe: Recipe, *, with_model: bool, console: Console, base_dir
     Raises:
         DataError: a source as a whole cannot be read, or the rows cannot be divided as `data.eval_split` says.
         ModelError: the processor cannot be read.
+        EvaluationError: a grader of `evaluation.tasks` or a reward is unknown, or does not fit the rows, as in training.
     """
     base_dir = base_dir or Path.cwd()
+    load_rewards(recipe.rewards, base_dir=base_dir)  # what is misnamed is told before any row is read
+    check_graders(recipe.evaluation.tasks, base_dir=base_dir)
     if with_model and recipe.model.adapter is not None:  # its pixel limits are kept, as in training
         recipe = recipe.model_copy(update={"data": restore_data_settings(recipe.model.adapter, recipe.data)[0]})
     if not recipe.data.train:
@@ -76,10 +82,15 @@ def check_recipe(recipe: Recipe, *, with_model: bool, console: Console, base_dir
         bad_rows += damaged.values()
         train, held_out = ([c for c in side if id(c) not in damaged] for side in (train, held_out))
     samples: dict[int, Sample] | None = None
+    processor: Processor | None = None
     if with_model and (train or held_out):
-        samples, failed = _encode(recipe, [*train, *held_out], console)
+        processor = load_processor(recipe.model.name_or_path, data=recipe.data, hub=recipe.model.hub, revision=recipe.model.revision)
+        samples, failed = _encode(recipe, processor, [*train, *held_out], console)
         bad_rows += failed
         train, held_out = ([c for c in side if id(c) in samples] for side in (train, held_out))
+    if train or held_out:
+        frames = None if processor is None else frames_of(processor)
+        check_rewards(load_rewards(recipe.rewards, base_dir=base_dir, frames=frames), [*train, *held_out])
     eval_split = recipe.data.eval_split
     if train and eval_split is not None and is_share(eval_split):
         train, held_out = hold_out(train, eval_split, data_seed(recipe))
@@ -127,12 +138,13 @@ def _damage(reference: MediaRef) -> str | None:
     return None
 
 
-def _encode(recipe: Recipe, conversations: Sequence[Conversation], console: Console) -> tuple[dict[int, Sample], list[BadRow]]:
+def _encode(
+    recipe: Recipe, processor: Processor, conversations: Sequence[Conversation], console: Console
+) -> tuple[dict[int, Sample], list[BadRow]]:
     """Samples by the identity of their conversation, and the rows that cannot be encoded.
 
     Where too long a sample would stop the run it is encoded all the same, so that its length can be told.
     """
-    processor = load_processor(recipe.model.name_or_path, data=recipe.data, hub=recipe.model.hub, revision=recipe.model.revision)
     refuses = recipe.data.too_long == "refuse"
     outcomes = encode_all(conversations, recipe_encoder(recipe, processor, any_length=refuses), console)
     samples = {id(c): outcome for c, outcome in zip(conversations, outcomes, strict=True) if isinstance(outcome, Sample)}
