@@ -102,6 +102,14 @@ class TestOverrides:
         assert [source.path for source in recipe.data.train] == ["a.json", "c.json"]
         assert recipe.training.report_to == ["tensorboard"]
 
+    @pytest.mark.parametrize("train", ["a.json", "{path: a.json}", "[a.json]"])
+    def test_short_forms_are_opened(self, minimal: Path, train: str) -> None:
+        minimal.write_text(MINIMAL + f"data: {{train: {train}}}\ngrpo: {{}}\nrewards: [math, exact_match]\n", encoding="utf-8")
+        recipe = load_recipe(minimal, ["data.train.0.system=Be brief.", "data.train.0.path=b.json", "rewards.1.weight=2"])
+        assert [(source.path, source.system) for source in recipe.data.train] == [("b.json", "Be brief.")]
+        assert [(reward.name, reward.weight) for reward in recipe.rewards] == [("math", 1), ("exact_match", 2)]
+        assert load_recipe(minimal, ["rewards=math", "rewards.weight=3"]).rewards[0].weight == 3
+
     def test_null(self, minimal: Path) -> None:
         assert load_recipe(minimal, ["evaluation.text_probe=null"]).evaluation.text_probe is None
 

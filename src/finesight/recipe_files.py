@@ -19,6 +19,8 @@ from finesight.foreign_names import FOREIGN_NAMES
 from finesight.recipe import Recipe, Settings
 
 RECIPE_FILE, RUN_FILE = "recipe.yaml", "run.json"  # in the folder of a run; the first also beside the weights that it left
+# Lists whose entries may be written as a text, which means this setting of the entry; one entry may stand for the list.
+_SHORT_FORMS = {"data.train": "path", "rewards": "name"}
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -77,9 +79,10 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError:
         value = text
-    *sections, last = name.strip().split(".")
+    names = name.strip().split(".")
+    sections = names[:-1]
     node: Any = content
-    for position, key in enumerate([*sections, last]):
+    for position, key in enumerate(names):
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
                 raise RecipeError(
@@ -88,6 +91,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             if position == len(sections):
                 node[int(key)] = value
                 return
+            node[int(key)] = _long_form(names[: position + 1], node[int(key)], names[position + 1])
             node = node[int(key)]
             continue
         if not isinstance(node, dict):
@@ -97,7 +101,19 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             return
         if node.get(key) is None:
             node[key] = {}
+        node[key] = _long_form(names[: position + 1], node[key], names[position + 1])
         node = node[key]
+
+
+def _long_form(place: Sequence[str], value: Any, wanted: str) -> Any:
+    """What the short form at a place of a recipe stands for, so that an override can name `wanted` in it."""
+    list_name, entry_name = ".".join(place), ".".join(place[:-1])
+    if list_name in _SHORT_FORMS and isinstance(value, (str, dict)) and value:
+        entry = {_SHORT_FORMS[list_name]: value} if isinstance(value, str) else value
+        return [entry] if wanted.isdigit() else entry
+    if entry_name in _SHORT_FORMS and isinstance(value, str):
+        return {_SHORT_FORMS[entry_name]: value}
+    return value
 
 
 def _yaml_numbers(value: Any) -> Any:
