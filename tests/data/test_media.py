@@ -108,6 +108,14 @@ class TestPolicy:
         with pytest.raises(MediaError, match=f"media_dir: {folder / 'images'} would make it resolve"):
             MediaPolicy().resolve("a.png", beside=folder)
 
+    def test_rows_in_memory_are_told_to_come_from_their_file(self, folder: Path) -> None:
+        policy = MediaPolicy(in_memory=True, media_dir_setting="the source.media_dir")
+        with pytest.raises(MediaError) as caught:
+            policy.resolve("a.png", beside=folder)
+        assert f"looked in the present folder, {folder}, since the rows are in memory" in str(caught.value)
+        assert f"can be found from {folder / 'images'}: give the path of the data file" in str(caught.value)
+        assert "media_dir" not in str(caught.value) and "beside the data file" not in str(caught.value)
+
     def test_every_row_with_the_same_wrong_folder_is_hinted_at(self, folder: Path) -> None:
         for number in range(60):
             (folder / "images" / f"{number}.png").write_bytes(encoded(picture()))

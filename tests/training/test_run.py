@@ -288,6 +288,10 @@ def test_trainer_refuses_rows_that_are_none(checkpoint, tmp_path):
         SFTTrainer(checkpoint, train_dataset=[], output_dir=tmp_path / "a", console=silent()).train()
     with pytest.raises(DataError, match="not int"):
         SFTTrainer(checkpoint, train_dataset=[1], output_dir=tmp_path / "b", console=silent()).train()
+    user = [{"type": "image", "image": "none.png"}, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": "This."}]}
+    with pytest.raises(DataError, match=r"looked in the present folder, .*, since the rows are in memory"):
+        SFTTrainer(checkpoint, train_dataset=[row], output_dir=tmp_path / "c", console=silent()).train()
 
 
 def test_a_video_of_given_frames_goes_the_whole_way(checkpoint, tmp_path):

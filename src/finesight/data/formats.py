@@ -97,6 +97,7 @@ def read_source(
         allow_urls=data.allow_urls,
         media_dir=media_dir,
         media_dir_setting=f"{setting}.media_dir",
+        in_memory=table.in_memory,
     )
     reader = RowReader(Media(policy, table.folder), source.system, _weight_column(source), require_answer)
     prepared = _transformed(table, transform)

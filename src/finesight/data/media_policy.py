@@ -41,12 +41,14 @@ class MediaPolicy:
             `demo`. The first path that can only be found so fixes what it stands for; other beginnings are then refused,
             so that `train/1.png` and `val/1.png` can never become the same file.
         media_dir_setting: name of that setting in the recipe, for messages.
+        in_memory: the rows are no file's: `beside` is the present folder, and messages name arguments of Python.
     """
 
     roots: tuple[Path, ...] = ()
     allow_urls: bool = False
     media_dir: Path | None = None
     media_dir_setting: str = "media_dir"
+    in_memory: bool = False
     _refs: dict[tuple[str, str], MediaRef] = field(default_factory=dict, init=False, repr=False)
     _real_folders: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     _stands_for: list[tuple[str, ...]] = field(default_factory=list, init=False, repr=False)  # none or one
@@ -117,10 +119,9 @@ class MediaPolicy:
         if (real := self._in_place_of_first_folders(path, allowed)) is not None:
             return real
         if outside is not None:
-            raise MediaError(
-                f"{shown(text)} lies at {outside}, outside of the folders that media may be read from; "
-                f"add {outside.parent} to data.allowed_dirs, or set {self.media_dir_setting} to it"
-            )
+            remedy = f"add {outside.parent} to data.allowed_dirs"
+            remedy += " (in Python the argument allowed_dirs)" if self.in_memory else f", or set {self.media_dir_setting} to it"
+            raise MediaError(f"{shown(text)} lies at {outside}, outside of the folders that media may be read from; {remedy}")
         raise MediaError(self._missing(text, path, beside, allowed))
 
     def _in_place_of_first_folders(self, path: Path, allowed: list[Path]) -> Path | None:
@@ -176,7 +177,10 @@ class MediaPolicy:
         return tuple(frames)
 
     def _missing(self, text: str, path: Path, beside: Path, allowed: list[Path]) -> str:
-        looked = "looked beside the data file" + ("" if self.media_dir is None else f" and in {self.media_dir_setting} ({self.media_dir})")
+        looked = (
+            f"looked in the present folder, {beside}, since the rows are in memory" if self.in_memory else "looked beside the data file"
+        )
+        looked += "" if self.media_dir is None else f" and in {self.media_dir_setting} ({self.media_dir})"
         message = f"{shown(text)} does not exist ({looked})"
         if path.is_absolute() and not any(_is_within(path, [root]) for root in allowed):
             message = f"{shown(text)} does not exist, or its folder is not in data.allowed_dirs"
@@ -187,7 +191,9 @@ class MediaPolicy:
             )
         elif "\\" in text:
             message += "; it is written with backslashes, use forward slashes"
-        elif hint := self._hint(path, beside):
+        elif (hint := self._hint(path, beside)) and self.in_memory:
+            message += f"; it can be found from {hint}: give the path of the data file in place of its rows, or whole paths in the rows"
+        elif hint:
             message += f"; {self.media_dir_setting}: {hint} would make it resolve"
         return message
 

@@ -46,6 +46,7 @@ class RowTable:
     rows: Iterator[Row | Damaged]
     roots: tuple[Path, ...] = ()  # further folders in which media of these rows may lie: the library's download cache
     notes: tuple[str, ...] = ()  # what a user should know of how they were read
+    in_memory: bool = False  # no file's: `folder` is then the present one
 
 
 def open_table(

@@ -153,7 +153,7 @@ class SFTTrainer:
         odd = next((row for row in rows if not isinstance(row, Mapping)), None)
         if odd is not None:
             raise DataError(f"{name}: rows must be dicts or conversations, not {type(odd).__name__}")
-        table = RowTable(name, Path.cwd(), iter([dict(row) for row in rows]))
+        table = RowTable(name, Path.cwd(), iter([dict(row) for row in rows]), in_memory=True)
         source = like.model_copy(update={"path": name})
         return read_source(source, data=data, base_dir=Path.cwd(), table=table, require_answer=answers)
 
