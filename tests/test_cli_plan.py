@@ -170,6 +170,16 @@ class TestWithData:
         assert status == 0
         assert "2 of 2 steps of the data" in out and str(folder / "config.json") in out
 
+    def test_without_the_tokenizer_the_way_without_data_is_named(
+        self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The model's dimensions are known by name; sizes in tokens are not."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        rows = write_rows(tmp_path / "data")
+        status, _, err = run(capsys, "plan", recipe, f"data.train={rows}", "--gpu", "24GiB")
+        assert status == 2 and "Qwen3-VL-8B-Instruct here). The data's sizes" in err and "--pixels 1000000" in err
+        assert run(capsys, "plan", recipe, f"data.train={rows}", "--gpu", "24GiB", "--pixels", "1000000")[0] == 0
+
 
 def test_planning_without_data_imports_no_torch(recipe: Path) -> None:
     code = (

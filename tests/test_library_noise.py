@@ -27,3 +27,12 @@ def test_importing_bitsandbytes_says_nothing() -> None:
     code = "import finesight.models.adapter_files, sys; assert 'bitsandbytes' in sys.modules"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_a_warning_of_the_hub_is_shown_once() -> None:
+    code = (
+        "from finesight.cli import main\ntry:\n    main(['version'])\nexcept SystemExit:\n    pass\n"
+        "from huggingface_hub.utils import logging\nlogging.get_logger('huggingface_hub.utils._http').warning('Retrying')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.count("Retrying") == 1, ran.stderr

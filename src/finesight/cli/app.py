@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _quiet_libraries(debug: bool) -> None:
     """Warnings of Finesight go to stderr; the chatter of libraries only when debugging."""
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=debug, markup=False)
+    handler.addFilter(lambda record: not record.name.startswith("huggingface_hub."))  # which prints its warnings itself
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("finesight").setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:

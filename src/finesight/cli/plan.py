@@ -131,7 +131,8 @@ def _from_data(recipe: Recipe, console: Console | None, gpus: int) -> tuple[Call
         sizes = DataSizes(prepare(recipe, console=console), gpus)
     except ModelError as error:
         raise ModelError(
-            f"{error} The data's sizes in tokens need the checkpoint's tokenizer; --pixels 1000000 (and --tokens) plans without data."
+            f"{str(error).rstrip('.')}. The data's sizes in tokens need the checkpoint's tokenizer; "
+            "--pixels 1000000 (and --tokens) plans without data or network."
         ) from None
     images = [item for sample in sizes.prepared.samples for item in sample.visual_items if item.kind == "image"]
     return sizes, sizes.longest_sample, max((item.resized_height * item.resized_width for item in images), default=None)

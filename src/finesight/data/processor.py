@@ -217,7 +217,7 @@ def _from_transformers(kind: Any, name: str, revision: str | None, what: str) ->
 def _unreadable(name: str, what: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()
     here = "" if Path(name).is_dir() or not isinstance(error, OSError) else f" (and there is no folder {name} here)"
-    return ModelError(f"{name}: {what} cannot be read: {reason[0] if reason else type(error).__name__}{here}")
+    return ModelError(f"{name}: {what} cannot be read: {reason[0].rstrip('.') if reason else type(error).__name__}{here}")
 
 
 def _needed_json(name: str, filename: str, revision: str | None) -> dict[str, Any]:
