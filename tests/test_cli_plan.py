@@ -151,6 +151,15 @@ class TestFit:
         status, _, err = run(capsys, "plan", recipe, "--gpu", "12GiB", "--fit", "--write", fitted)
         assert status == 2 and "not overwritten" in err
 
+    def test_the_tokens_that_are_given_stay(self, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        fitted = tmp_path / "fitted.yaml"
+        sizes = ("--tokens", "4096", "--pixels", "200704", "--gpu", "12GiB")
+        status, out, _ = run(capsys, "plan", recipe, *sizes, "--fit", "--write", fitted)
+        assert status == 0 and "Fastest that fits: training.token_budget=4096 model.load_in_" in out
+        assert load_recipe(fitted).training.token_budget == 4096
+        assert "as auto chooses with that memory" in fitted.read_text(encoding="utf-8").splitlines()[1]
+        assert run(capsys, "plan", fitted, *sizes[2:])[0] == 0
+
     def test_nothing_fits(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         status, _, err = run(capsys, "plan", recipe, "--gpu", "2GiB", "--fit")
         assert status == 2 and "Take a smaller model" in err

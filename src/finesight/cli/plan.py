@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.console import Console
 from finesight.errors import ModelError, RecipeError
 from finesight.planner.activations import Execution
 from finesight.planner.catalogue import find_shape
-from finesight.planner.fit import Change, Situation, as_stored, choose_policy, fit, gpus_that_fit, levers
+from finesight.planner.fit import Change, Situation, as_stored, choose_policy, fit, gpus_that_fit, levers, with_settings
 from finesight.planner.gpus import Gpu, find_gpu, parse_memory
 from finesight.planner.moments import MemoryPlan
 from finesight.planner.shapes import ModelShape
@@ -79,7 +79,7 @@ def plan_recipe(
     Args:
         tokens: of the largest pack, and
         pixels: of each image, in place of what the data say; where either is given, or the recipe names no data, none are read.
-        search: look for the fastest settings that fit.
+        search: look for the fastest settings that fit; `tokens` is then the token budget, which the search keeps.
         gpus: that train together; the plan is that of each.
 
     Raises:
@@ -92,6 +92,10 @@ def plan_recipe(
         raise RecipeError("training.sharding: full divides the model over several GPUs: give their number, as in --gpus 2.")
     model = find_shape(recipe.model.name_or_path, recipe.model.revision)
     model, recipe = as_stored(model, recipe)
+    given: dict[str, int] = {}
+    if search and tokens is not None and tokens != recipe.training.token_budget:
+        given = {"training.token_budget": tokens}
+        recipe = with_settings(recipe, given)
     if recipe.data.train and tokens is None and pixels is None:
         sizes, longest, largest_image = _from_data(recipe, console, gpus)
     else:
@@ -106,21 +110,28 @@ def plan_recipe(
         processes=gpus,
         longest_sample=longest,
         pixels=largest_image,
+        keeps_budget=tokens is not None,
     )
     if target.available_bytes is None and recipe.training.gradient_checkpointing == "auto":
         plan = situation.plan(recipe, "full")
     else:
         plan = choose_policy(situation, recipe)
-    fitted = None
-    if search:
-        fitted = fit(situation, recipe)
-        if fitted is None:
-            raise RecipeError(
-                f"No change of token budget, activation policy, quantisation or pixels makes {model.name} fit "
-                f"{target.available_bytes / 2**30:.1f} GiB. Take a smaller model, or a larger GPU."  # type: ignore[operator]
-            )
+    fitted = _fitted(situation, recipe, given) if search else None
     too_large = target.available_bytes is not None and not plan.fits(target.available_bytes)
     return Outcome(plan, target, levers(situation, plan)[:LEVERS_SHOWN], fitted, gpus_that_fit(situation, recipe) if too_large else None)
+
+
+def _fitted(situation: Situation, recipe: Recipe, given: dict[str, int]) -> Change:
+    """The settings found, after those that the command itself was `given`."""
+    found = fit(situation, recipe)
+    if found is None:
+        tried = "activation policy, quantisation or pixels"
+        tried = f"{tried} (--tokens keeps the token budget)" if situation.keeps_budget else f"token budget, {tried}"
+        raise RecipeError(
+            f"No change of {tried} makes {situation.model.name} fit {situation.available_bytes / 2**30:.1f} GiB. "
+            "Take a smaller model, or a larger GPU."
+        )
+    return replace(found, settings=(*given.items(), *found.settings))
 
 
 def _from_data(recipe: Recipe, console: Console | None, gpus: int) -> tuple[Callable[[Recipe], RunSizes], int, int | None]:
@@ -161,7 +172,9 @@ def write_fitted(path: Path, change: Change, origin: str) -> None:
     """
     if path.exists():
         raise RecipeError(f"{path} exists and is not overwritten; name another file for --write.")
-    header = f"# {origin}, fitted: {change}\n# Planned peak: {change.plan.peak_bytes / 2**30:.2f} GiB, activations: {change.plan.policy}.\n"
+    chosen = ", as auto chooses with that memory" if change.recipe.training.gradient_checkpointing == "auto" else ""
+    peak = f"{change.plan.peak_bytes / 2**30:.2f} GiB"
+    header = f"# {origin}, fitted: {change}\n# Planned peak: {peak}, activations: {change.plan.policy}{chosen}.\n"
     try:
         path.write_text(header + dump_recipe(change.recipe), encoding="utf-8")
     except OSError as error:

@@ -53,6 +53,7 @@ class Situation:
         processes: GPUs that train together.
         longest_sample: tokens; no smaller budget is tried.
         pixels: of the largest image where the recipe sets no limit; None: pixels are not searched.
+        keeps_budget: the search leaves the recipe's token budget as it is.
     """
 
     model: ModelShape
@@ -64,6 +65,7 @@ class Situation:
     processes: int = 1
     longest_sample: int = 1
     pixels: int | None = None
+    keeps_budget: bool = False
     rollout: RolloutSizes | None = None
 
     def plan(self, recipe: Recipe, policy: Policy | None = None) -> MemoryPlan:
@@ -211,7 +213,8 @@ def _change(situation: Situation, recipe: Recipe, settings: Mapping[str, Any], p
 
 def _changes(situation: Situation, recipe: Recipe, pixels: int | None) -> Iterator[Change]:
     """All candidates at one pixel limit."""
-    budgets = sorted({b for b in BUDGETS if b >= situation.longest_sample} | {recipe.training.token_budget})
+    others = () if situation.keeps_budget else BUDGETS
+    budgets = sorted({b for b in others if b >= situation.longest_sample} | {recipe.training.token_budget})
     named = policy_of(recipe)
     limit = {} if pixels is None else {"data.max_pixels": pixels}
     for options, budget in itertools.product(_options(situation, recipe), budgets):

@@ -22,7 +22,9 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together; the plan is that of each.")] = 1,
     search: Annotated[bool, typer.Option("--fit", help="Search for the fastest settings that fit.")] = False,
     write: Annotated[Path | None, typer.Option(help="With --fit: recipe to write; never overwritten.", show_default=False)] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the largest pack, without reading data.", show_default=False)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the largest pack, without reading data; kept by --fit.", show_default=False)
+    ] = None,
     pixels: Annotated[int | None, typer.Option(min=1024, help="Pixels of each image, without reading data.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
 ) -> None:
