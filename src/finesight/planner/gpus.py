@@ -98,8 +98,8 @@ def find_gpu(name: str) -> Gpu:
         # Of "RTX 4070" and "RTX 4070 Ti SUPER" the name with fewest words too many.
         return min(fitting, key=lambda gpu: len(_words(gpu.name) - wanted))
     near = difflib.get_close_matches(name, [gpu.name for gpu in GPUS], n=3, cutoff=0.4)
-    hint = f"Nearest: {', '.join(near)}. " if near else ""
-    raise RecipeError(f"No GPU {name!r} is known. {hint}Give its memory instead, as --gpu 24GiB.")
+    hint = f"Nearest: {', '.join(near)}" if near else f"Known are {', '.join(gpu.name for gpu in GPUS)}"
+    raise RecipeError(f"No GPU {name!r} is known. {hint}. Name one of them, or give the memory instead, as --gpu 24GiB.")
 
 
 def _words(name: str) -> set[str]:
@@ -109,7 +109,7 @@ def _words(name: str) -> set[str]:
 def parse_memory(text: str) -> int:
     """Bytes of "16GiB", "24 GB", "24576MiB" or a bare number of GiB.
 
-    GB is read as GiB, as makers of cards mean it.
+    GB and MB are decimal, 10^9 and 10^6 bytes; a number alone or with a bare letter is in GiB or MiB.
 
     Raises:
         RecipeError: it is not of that form.
@@ -117,4 +117,5 @@ def parse_memory(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb|m|)\s*", text.casefold())
     if not found or not float(found[1]):
         raise RecipeError(f"--gpu {text!r} is no amount of memory; write it as 16GiB, or name a card with --gpu-name.")
-    return int(float(found[1]) * (2**20 if found[2].startswith("m") else GIB))
+    unit = {"gb": 10**9, "mb": 10**6, "m": 2**20, "mib": 2**20}.get(found[2], GIB)
+    return int(float(found[1]) * unit)

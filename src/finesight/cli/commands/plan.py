@@ -16,7 +16,10 @@ def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Memory to fit, such as 16GiB; with --gpu-name in place of the card's own.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Memory to fit, such as 16GiB (16GB is 7% less); with --gpu-name in place of the card's own.", show_default=False
+        ),
     ] = None,
     gpu_name: Annotated[str | None, typer.Option(help="Card to fit, such as 'RTX 4090'.", show_default=False)] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together; the plan is that of each.")] = 1,
