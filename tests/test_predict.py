@@ -167,6 +167,11 @@ def test_two_runs_do_not_write_one_file(arguments, predict):
     assert status == 2 and "Another process is writing a.jsonl.partial" in said
 
 
+def test_an_address_is_no_input(arguments, predict):
+    status, said = predict("predict", "http://127.0.0.1/x.png", *arguments[2:], "-q", "what is it?")
+    assert status == 2 and "http://127.0.0.1/x.png is an address" in said and "--allow-urls" in said and "Loading" not in said
+
+
 def test_answers_in_a_schema(arguments, predict):
     schema = {
         "type": "object",

@@ -44,11 +44,13 @@ def read_inputs(
         console: for notes.
 
     Raises:
-        DataError: an input cannot be read, or rows cannot be used and `data.on_bad_row` is stop.
+        DataError: an input is an address or cannot be read, or rows cannot be used and `data.on_bad_row` is stop.
         RecipeError: images without a question.
     """
     conversations: list[Conversation] = []
     for path in paths:
+        if re.match(r"https?://", path, re.IGNORECASE):
+            raise DataError(f"{path} is an address, which is no input. Download it, or name it in a row of a data file and add --allow-urls.")
         media = _media_files(Path(path))
         if media:
             if question is None:
