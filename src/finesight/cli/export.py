@@ -108,8 +108,7 @@ def _check_target(target: Target, output: Path, handover: Handover) -> None:
             raise ExportError("--to hub needs --repo USER/NAME.")
         check_repo(handover.repo)
     if target == "gguf":
-        if handover.llama_cpp is not None:
-            find_converter(handover.llama_cpp)
+        find_converter(handover.llama_cpp)
         if output.is_dir() and any(output.iterdir()):
             raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
 
@@ -157,8 +156,12 @@ def report_lines(done: Export) -> Sequence[str]:
 def _rounding(merged: Merged, to: Kind) -> str:
     """What rounding left of the adapter's update. To 4 bits it is far larger than the update, of whose share nothing can be said then."""
     if to == "merged-4bit":
-        return f"Rounding to 4 bits changes the weights {merged.strayed:,.1f} times as much as the adapter does: measure the export as well."
-    return f"Of the adapter's update {100 * merged.survived:.1f}% arrived; rounding added {100 * merged.strayed:.1f}% of its size beside it."
+        return (
+            f"Rounding to 4 bits changes the weights {merged.strayed:,.1f} times as much as the adapter does: measure the export as well."
+        )
+    return (
+        f"Of the adapter's update {100 * merged.survived:.1f}% arrived; rounding added {100 * merged.strayed:.1f}% of its size beside it."
+    )
 
 
 def _say(console: Console, text: str) -> None:
