@@ -216,6 +216,15 @@ async def serve_async(shelf: ModelShelf, settings: ServeSettings, on_ready: Call
     await Server(config).serve(sockets=[listener])
 
 
+def check_address(settings: ServeSettings) -> None:
+    """Tells before anything is loaded that an address is taken.
+
+    Raises:
+        ModelError: it cannot be listened on.
+    """
+    _listen(settings).close()
+
+
 def _listen(settings: ServeSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
