@@ -119,10 +119,11 @@ def test_hub_without_a_network(trained: Path, call: Call, tmp_path: Path) -> Non
 
 
 def test_gguf_without_llama_cpp(trained: Path, call: Call, tmp_path: Path, monkeypatch) -> None:
+    """It is said before anything is merged."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     status, _, err = call("export", trained / "runs" / "first", "--to", "gguf", "--drawn", "--prompts", 1, "-o", tmp_path / "out")
-    assert status == 2 and "convert_hf_to_gguf.py was not found" in err and "mmproj-first-bf16.gguf" in err
-    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+    assert status == 2 and "convert_hf_to_gguf.py was not found" in err and not (tmp_path / "out").exists()
 
 
 def test_list_and_compare(trained: Path, call: Call, tmp_path: Path) -> None:
@@ -158,8 +159,11 @@ def test_resume_with_the_runs_own_recipe(trained: Path, call: Call, tmp_path: Pa
 def test_delete_asks(trained: Path, call: Call, tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained / "runs" / "first", run)
-    monkeypatch.setattr("typer.confirm", lambda text, default: False)
-    assert call("runs", "delete", run)[0] == 1 and run.is_dir()
-    assert call("runs", "delete", run, "--yes")[0] == 0 and not run.exists()
+    asked: list[str] = []
+    monkeypatch.setattr("typer.confirm", lambda text, default: asked.append(text))
+    assert call("runs", "delete", run)[0] == 1 and run.is_dir() and "2 checkpoints, adapter" in asked[0]
+    shutil.rmtree(run / "checkpoint-1")
+    status, out, _ = call("runs", "delete", run, "--yes")
+    assert status == 0 and not run.exists() and "1 checkpoint, adapter" in out
     status, _, err = call("runs", "delete", trained / "data", "--yes")
     assert status == 2 and "is not the folder of a run" in err and (trained / "data").is_dir()

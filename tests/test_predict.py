@@ -130,8 +130,22 @@ def test_another_command_begins_anew(arguments, predict, change, name):
         patch.setattr("finesight.cli.predict_output._write", stop_writing(3))
         status, said = predict(*arguments)
     assert status == 2 and "The 3 answers so far are in a.jsonl.partial; the same command goes on" in said
+    answered = lines("a.jsonl.partial")
     status, said = predict(*arguments, *change)
     assert status == 0 and f"was made with {name}: all is answered anew" in said and len(lines("a.jsonl")) == 20
+    assert "Its answers (3) are kept in a.earlier-1.jsonl.partial" in said and lines("a.earlier-1.jsonl.partial") == answered
+
+
+def test_kept_answers_of_another_command_are_taken_up(arguments, predict):
+    """By that command, with the name that they were kept under; a second one is kept beside the first."""
+    for seed, kept in (("5", 3), ("6", 4)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("finesight.cli.predict_output._write", stop_writing(kept))
+            assert predict(*arguments, "--seed", seed)[0] == 2
+    assert predict(*arguments, "--seed", "7")[0] == 0
+    assert [len(lines(f"a.earlier-{number}.jsonl.partial")) for number in (1, 2)] == [3, 4]
+    status, said = predict(*arguments[:-1], "a.earlier-1.jsonl")
+    assert status == 0 and "holds 3 of 20 answers; going on from there" in said and not Path("a.earlier-1.jsonl.partial").exists()
 
 
 def test_rows_that_were_left_out_are_named_again(arguments, predict):
@@ -153,6 +167,11 @@ def test_two_runs_do_not_write_one_file(arguments, predict):
     assert status == 2 and "Another process is writing a.jsonl.partial" in said
 
 
+def test_an_address_is_no_input(arguments, predict):
+    status, said = predict("predict", "http://127.0.0.1/x.png", *arguments[2:], "-q", "what is it?")
+    assert status == 2 and "http://127.0.0.1/x.png is an address" in said and "--allow-urls" in said and "Loading" not in said
+
+
 def test_answers_in_a_schema(arguments, predict):
     schema = {
         "type": "object",
@@ -170,5 +189,5 @@ def test_answers_in_a_schema(arguments, predict):
     for text, message in (("{", "schema.json is not JSON"), ('{"not": {}}', "Unimplemented keys")):
         Path("schema.json").write_text(text)
         status, said = predict(*arguments, "--schema", "schema.json")
-        assert status == 2 and message in said
+        assert status == 2 and message in said and "Loading" not in said
     assert predict(*arguments, "--schema", "none.json")[0] == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
+from finesight.cli.export import report_lines
 from finesight.errors import ExportError
 from finesight.export.card import RunFacts, base_licence, model_card
 from finesight.export.export import Export
@@ -53,9 +54,7 @@ class TestGGUF:
     def test_without_llama_cpp(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(
-            ExportError, match=r"was not found(.*\n)+.*--outfile .*charts-f16.gguf\n.*--mmproj --outfile .*mmproj-charts-f16.gguf"
-        ):
+        with pytest.raises(ExportError, match=r"was not found(.*\n)+.*git clone(.*\n)+.*--to merged"):
             convert(tmp_path / "merged", tmp_path, "charts", "float16", None, print)
         with pytest.raises(ExportError, match="Give --llama-cpp the folder"):
             convert(tmp_path / "merged", tmp_path, "charts", "float16", tmp_path / "none", print)
@@ -65,6 +64,16 @@ class TestGGUF:
         (tmp_path / "x.gguf").write_bytes(content)
         with pytest.raises(ExportError, match=r"GGUF file|no tensors"):
             read_header(tmp_path / "x.gguf")
+
+
+def test_an_export_in_4_bits_says_what_its_figures_mean(tmp_path: Path) -> None:
+    merged = Merged(tmp_path, (Survival("x", 1.68, 135.4**2, 1.0),), 10, 1)
+    parted = Agreement(bound=2.0, largest=0.24, mean=0.13, num_tokens=72, num_answers=3, same_answers=0, widest_parting=0.05)
+    said = "\n".join(report_lines(Export(tmp_path, "merged-4bit", parted, merged)))
+    assert "prefers its own token to the trained one's by at most 0.05 nats (bound 4)" in said
+    assert "135.4 times as much as the adapter" in said and "%" not in said
+    said = "\n".join(report_lines(Export(tmp_path, "merged", HELD, merged)))
+    assert "part, the" not in said and "168.0% arrived" in said
 
 
 HELD = Agreement(bound=1e-4, largest=2e-6, mean=1e-6, num_tokens=72, num_answers=3, same_answers=3, widest_parting=0.0)

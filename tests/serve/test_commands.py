@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -90,6 +91,10 @@ def test_serve_refuses_what_cannot_be_served(folders, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--model", str(folders["base"]), "--max-length-tokens", "100", "--max-completion-length", "100"])
     assert ended.value.code == 2 and "leave no room for a prompt" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as ended:
+        main(["serve", "--model", str(folders["base"]), "--port", str(taken.getsockname()[1])])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "cannot be listened on" in said and "Loading" not in said
 
 
 @pytest.mark.parametrize("named", ["a b.png", "'a b.png'", "plain.jpg"])
@@ -138,5 +143,5 @@ def test_chat_reads_lines(folders, tmp_path, monkeypatch, capsys):
         main(["chat", "--adapter", str(folders["charts"]), "--max-completion-length", "4"])
     out = capsys.readouterr().out
     assert not ended.value.code
-    assert "what about them?" in out and "There is no file" in out
+    assert "what about them?" in out and "There is no file" in out and "There is no command /none. " in out
     assert len(re.findall(r"tokens in \((\d+) of images\), \d+ out", out)) == 2 and "(1 of images)" in out and "(0 of images)" in out

@@ -60,13 +60,17 @@ def error_of(response: httpx.Response) -> dict:
         ({"n": 100}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 100_000}, "messages"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop.list[constrained-str]"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, None),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}}, "response_format.json_schema.name"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]}, "messages.0.content.0.image_url.url"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"best_of": 3}, "best_of"),
@@ -77,8 +81,16 @@ def test_what_cannot_be_answered_is_refused_with_its_field(server, change, param
     response = post(server, {**HELLO, **change})
     error = error_of(response)
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
-    if param is not None and not param.startswith("stop"):
+    if param is not None:
         assert error["param"] == param
+
+
+def test_a_body_that_is_not_json(server):
+    for content, place in ((b'{"model":', 9), (b"hello", 0)):
+        response = CLIENT.post(f"{server.address}/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+        error = error_of(response)
+        assert response.status_code == 400 and error["param"] is None
+        assert error["message"] == f"The body is not JSON: Expecting value at character {place}."
 
 
 def test_text_that_is_none(serving):

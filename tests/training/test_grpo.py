@@ -355,7 +355,7 @@ def test_a_reward_that_asks_for_a_missing_column_is_refused_before_training(reci
     code = tmp_path / "asks.py"
     code.write_text("def asks(completions, solution):\n    return [0.0] * len(completions)\n")
     recipe = recipe_of(tmp_path / "run")
-    with pytest.raises(EvaluationError, match="'solution', which is no column"):
+    with pytest.raises(EvaluationError, match=r"'solution', which is no column.*; without a column there are: prompts.*, answer"):
         prepare(recipe.model_copy(update={"rewards": [recipe.rewards[0].model_copy(update={"name": f"{code}:asks"})]}))
 
 

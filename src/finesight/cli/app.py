@@ -51,8 +51,8 @@ app.command()(demo)
 app.command()(version)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command. Exits with 0 when done, 1 when a check found something, 2 on any error, 130 when interrupted."""
+def run(arguments: Sequence[str] | None) -> None:
+    """What :func:`finesight.cli.main` runs; errors are told in a line and end with 2."""
     debug = os.environ.get("FINESIGHT_DEBUG", "") not in ("", "0")
     _quiet_libraries(debug)
     use_expandable_segments()
@@ -64,9 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         errors.print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("[yellow]Interrupted.[/]")
-        sys.exit(130)
 
 
 def _quiet_libraries(debug: bool) -> None:

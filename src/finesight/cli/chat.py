@@ -216,7 +216,7 @@ def chat_with(
             session.clear()
             pending = []
         elif command.startswith("/") and re.fullmatch(r"/[a-z]+", command):
-            _tell(console, HELP, style="dim")
+            _tell(console, f"There is no command {command}. {HELP}", style="dim")
         elif command:
             pending = _answer(session, pending, line, console)
 

@@ -21,6 +21,7 @@ from finesight.export.companions import local_checkpoint
 from finesight.export.export import Export, ExportSettings, Kind, export
 from finesight.export.gguf import convert, find_converter
 from finesight.export.hub import check_repo, upload
+from finesight.export.merge import Merged
 from finesight.export.verify import drawn_prompts
 from finesight.recipe import Recipe
 from finesight.recipe_files import RECIPE_FILE, load_recipe
@@ -107,8 +108,7 @@ def _check_target(target: Target, output: Path, handover: Handover) -> None:
             raise ExportError("--to hub needs --repo USER/NAME.")
         check_repo(handover.repo)
     if target == "gguf":
-        if handover.llama_cpp is not None:
-            find_converter(handover.llama_cpp)
+        find_converter(handover.llama_cpp)
         if output.is_dir() and any(output.iterdir()):
             raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
 
@@ -147,12 +147,21 @@ def report_lines(done: Export) -> Sequence[str]:
         files = f"{done.merged.num_shards} file{'s' if done.merged.num_shards > 1 else ''}"
         lines.insert(0, f"Written: {done.merged.num_bytes / 2**30:.3g} GiB in {files}.")
         if done.merged.updates:
-            lines.append(
-                f"Of the adapter's update {100 * done.merged.survived:.1f}% arrived; rounding added {100 * done.merged.strayed:.1f}% of its size beside it."
-            )
+            lines.append(_rounding(done.merged, done.to))
             if done.merged.survived < 0.9 and done.to == "merged":
                 lines.append("The update is small against the grid of the weights: use --rounding stochastic, or --dtype float32.")
     return [*lines, *(f"Note: {note}" for note in done.notes)]
+
+
+def _rounding(merged: Merged, to: Kind) -> str:
+    """What rounding left of the adapter's update. To 4 bits it is far larger than the update, of whose share nothing can be said then."""
+    if to == "merged-4bit":
+        return (
+            f"Rounding to 4 bits changes the weights {merged.strayed:,.1f} times as much as the adapter does: measure the export as well."
+        )
+    return (
+        f"Of the adapter's update {100 * merged.survived:.1f}% arrived; rounding added {100 * merged.strayed:.1f}% of its size beside it."
+    )
 
 
 def _say(console: Console, text: str) -> None:

@@ -27,7 +27,7 @@ from finesight.models.load import LoadedModel, load_model
 from finesight.recipe import ModelSettings
 from finesight.sampling.engine import stop_ids
 from finesight.sampling.forking_sampler import ForkingSampler
-from finesight.sampling.grammar import GrammarCompiler, read_schema
+from finesight.sampling.grammar import GrammarCompiler, check_schema, read_schema
 from finesight.sampling.types import Completion, SamplingSettings
 
 _BATCHES_PER_CHUNK = 16  # answers are written after so many batches, so that little is lost when the run is stopped
@@ -44,11 +44,15 @@ def read_inputs(
         console: for notes.
 
     Raises:
-        DataError: an input cannot be read, or rows cannot be used and `data.on_bad_row` is stop.
+        DataError: an input is an address or cannot be read, or rows cannot be used and `data.on_bad_row` is stop.
         RecipeError: images without a question.
     """
     conversations: list[Conversation] = []
     for path in paths:
+        if re.match(r"https?://", path, re.IGNORECASE):
+            raise DataError(
+                f"{path} is an address, which is no input. Download it, or name it in a row of a data file and add --allow-urls."
+            )
         media = _media_files(Path(path))
         if media:
             if question is None:
@@ -242,6 +246,8 @@ def predict_to(
 
 def _schema(path: Path) -> dict[str, Any]:
     try:
-        return read_schema(path.read_text(encoding="utf-8"), str(path))
+        schema = read_schema(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The schema {path} cannot be read: {error}.") from None
+    check_schema(schema)
+    return schema

@@ -1,14 +1,16 @@
 """Where `finesight predict` writes: beside its place until all is answered, so that a run that was stopped can go on.
 
 `OUT.partial` holds the answers so far, `OUT.partial.json` what they depend on. The same command takes them up again if nothing of
-that has changed, and begins anew otherwise.
+that has changed. Another one begins anew, and keeps what the earlier one answered under another name.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,6 +38,7 @@ class Earlier:
     answers: int = 0
     next_index: int = 0  # of the conversations, where to go on
     left_out: tuple[BadRow, ...] = ()  # rows before it that have no answer
+    others: int = 0  # answers in the partial file that another command gave
 
 
 def dependencies(
@@ -114,17 +117,21 @@ def opened(
         return
     if output.is_dir():
         raise DataError(f"{output} is a folder. Give a file with --output.")
-    partial = output.with_name(output.name + ".partial")
-    state = output.with_name(output.name + ".partial.json")
+    partial, state = _beside(output)
     written = 0
     with _writable(partial, "a+") as file:
         _lock(file, partial)
         earlier = _taken_up(file, partial, state, depends_on, conversations, console)
 
+        def begin() -> None:
+            if earlier.others:
+                _say(console, f"Its answers ({earlier.others:,}) are kept in {_keep(output, partial, state)}.")
+            file.truncate(0)
+
         def write(line: str) -> None:
             nonlocal written
             if not written and not earlier.answers:
-                file.truncate(0)  # what an earlier run left stays until there is something in its place
+                begin()  # what an earlier run left stays until there is something in its place
                 state.write_text(json.dumps(depends_on, indent=1), encoding="utf-8")
             _write(file, line)
             written += 1
@@ -139,11 +146,29 @@ def opened(
                 state.unlink(missing_ok=True)
             raise
         if not written and not earlier.answers:
-            file.truncate(0)
+            begin()
     if output.exists():
         _say(console, f"{output} was there and is replaced.")
     partial.replace(output)
     state.unlink(missing_ok=True)
+
+
+def _beside(output: Path) -> tuple[Path, Path]:
+    """(The answers so far, what they depend on) of an output that is not whole yet."""
+    return output.with_name(output.name + ".partial"), output.with_name(output.name + ".partial.json")
+
+
+def _keep(output: Path, partial: Path, state: Path) -> Path:
+    """Copies what another command answered to where that command would take it up if it were given a free output's name."""
+    names = (output.with_name(f"{output.stem}.earlier-{number}{output.suffix}") for number in itertools.count(1))
+    kept, kept_state = next(_beside(name) for name in names if not any(path.exists() for path in (name, *_beside(name))))
+    try:
+        shutil.copyfile(partial, kept)
+        if state.exists():
+            shutil.copyfile(state, kept_state)
+    except OSError as error:
+        raise DataError(f"{partial} cannot be kept as {kept}: {error.strerror}. Give another place with --output.") from None
+    return kept
 
 
 def _taken_up(
@@ -171,7 +196,7 @@ def _taken_up(
     earlier = None if changed else _matched(keys, conversations)
     if earlier is None:
         _say(console, f"{partial} was made with {' and '.join(changed) or 'another order'}: all is answered anew.")
-        return Earlier()
+        return Earlier(others=len(keys))
     file.truncate(whole)
     file.seek(0, 2)
     _say(console, f"{partial} holds {earlier.answers:,} of {len(conversations):,} answers; going on from there.")

@@ -127,7 +127,7 @@ def delete(
 
     run = read_run(folder)
     weights = "" if run.weights is None else f", {run.weights.name}"
-    about = f"{run.path}: {run.status}, {len(run.checkpoints)} checkpoints{weights}, {run.num_bytes / 2**30:.2f} GiB"
+    about = f"{run.path}: {run.status}, {len(run.checkpoints)} checkpoint{'' if len(run.checkpoints) == 1 else 's'}{weights}, {run.num_bytes / 2**30:.2f} GiB"
     if not yes and not typer.confirm(f"{about}. Delete all of it?", default=False):
         raise typer.Exit(1)
     delete_run(run)

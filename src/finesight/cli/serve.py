@@ -83,9 +83,10 @@ def serve_models(
     settings, folders, name = served(model, adapters, name, dtype, **precision)
     for warning in differing_precision(settings, list(folders.values())[1:]):  # of the first one loading speaks
         console.print(f"Warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    from finesight.serve.app import serve
+    from finesight.serve.app import check_address, serve
     from finesight.serve.models import ModelShelf
 
+    check_address(limits)
     console.print(f"Loading {settings.name_or_path}", markup=False, highlight=False, soft_wrap=True)
     shelf = ModelShelf(settings, folders, name=name, data=data)
     if not limits.local_only and limits.api_key is None:

@@ -25,14 +25,14 @@ class GGUFHeader:
     num_tensors: int
 
 
-def find_converter(given: str | Path | None) -> Path | None:
+def find_converter(given: str | Path | None) -> Path:
     """llama.cpp's converter.
 
     Args:
         given: the script, or the folder of llama.cpp; None: on the PATH, or in a folder llama.cpp here.
 
     Raises:
-        ExportError: it is not where it was said to be.
+        ExportError: it is not where it was said to be, or nowhere.
     """
     if given is not None:
         path = Path(given).expanduser()
@@ -42,7 +42,13 @@ def find_converter(given: str | Path | None) -> Path | None:
         return path
     found = shutil.which(CONVERTER)
     local = Path("llama.cpp") / CONVERTER
-    return Path(found) if found else local if local.is_file() else None
+    if found is None and not local.is_file():
+        raise ExportError(
+            f"llama.cpp's {CONVERTER} was not found. Get it, and give --llama-cpp llama.cpp:\n"
+            f"  git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt\n"
+            "or export with --to merged, and convert that folder where llama.cpp is."
+        )
+    return Path(found) if found else local
 
 
 def gguf_files(output: Path, name: str, dtype: str) -> tuple[Path, Path]:
@@ -68,16 +74,9 @@ def convert(merged: Path, output: Path, name: str, dtype: str, converter: str | 
         say: told each command before it runs.
 
     Raises:
-        ExportError: the converter is missing (the commands are named), it fails, or it leaves no GGUF file.
+        ExportError: the converter is missing, it fails, or it leaves no GGUF file.
     """
     found = find_converter(converter)
-    if found is None:
-        lines = "\n".join(f"  {shlex.join(command)}" for command in commands(f"llama.cpp/{CONVERTER}", merged, output, name, dtype))
-        raise ExportError(
-            f"llama.cpp's {CONVERTER} was not found. The merged checkpoint is at {merged}, verified; get llama.cpp and convert it:\n"
-            f"  git clone --depth 1 https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt\n{lines}\n"
-            "or name it with --llama-cpp."
-        )
     made = []
     for command in commands(found, merged, output, name, dtype):
         say(shlex.join(command))

@@ -57,9 +57,15 @@ class Agreement:
         return self.largest <= self.bound and self.widest_parting <= 2 * self.bound
 
     def __str__(self) -> str:
+        parting = ""
+        if self.same_answers < self.num_answers:
+            parting = (
+                f"; where the others part, the exported model prefers its own token to the trained one's by at most "
+                f"{self.widest_parting:.2g} nats (bound {2 * self.bound:g})"
+            )
         return (
             f"log-probabilities of {self.num_tokens} tokens differ by at most {self.largest:.2g} nats (mean {self.mean:.2g}, bound {self.bound:g}); "
-            f"{self.same_answers} of {self.num_answers} greedy answers are the same"
+            f"{self.same_answers} of {self.num_answers} greedy answers are the same{parting}"
         )
 
 

@@ -19,6 +19,7 @@ from finesight.errors import GrammarError
 _WHITESPACE = r" ?|\n {0,32}"
 _MOST_LEXER_STATES = 50_000  # 1 to 2 kB each; llguidance's own bound would let one schema take half a gigabyte
 _BITS = 32
+_MISSING = "Answers in a JSON schema need the library llguidance: pip install 'finesight[schema]'."
 
 JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -80,7 +81,7 @@ class GrammarCompiler:
         try:
             from llguidance.hf import from_tokenizer
         except ImportError:
-            raise GrammarError("Answers in a JSON schema need the library llguidance: pip install 'finesight[schema]'.") from None
+            raise GrammarError(_MISSING) from None
         try:
             self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(stop_ids))
         except ValueError as error:
@@ -96,19 +97,9 @@ class GrammarCompiler:
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        # A schema can carry options of the library; these here go before them.
-        options: Any = {
-            "item_separator": ",",
-            "key_separator": ":",
-            "whitespace_flexible": True,
-            "whitespace_pattern": _WHITESPACE,
-            "coerce_one_of": False,
-            "lenient": False,
-        }
         limits = LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=options)
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+            matcher = LLMatcher(self._tokenizer, _library_grammar(schema), log_level=0, limits=limits)
         except (ValueError, RecursionError) as error:
             raise GrammarError(f"The JSON schema cannot be used: {_first_line(str(error))}.") from None
         if matcher.is_error():
@@ -116,6 +107,39 @@ class GrammarCompiler:
         made = Grammar(matcher, self._words)
         made.begin().allowed()  # a schema that nothing satisfies comes to light here
         return made
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Refuses early what :meth:`GrammarCompiler.compile` would, as far as no tokenizer is needed to see it.
+
+    Raises:
+        GrammarError: the schema says what answers cannot be held to, or llguidance is not installed.
+    """
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise GrammarError(_MISSING) from None
+    try:
+        fault = LLMatcher.validate_grammar(_library_grammar(schema), None)
+    except (ValueError, RecursionError) as error:
+        fault = str(error)
+    if fault:
+        raise GrammarError(f"The JSON schema cannot be used: {_first_line(fault)}.")
+
+
+def _library_grammar(schema: Mapping[str, Any]) -> str:
+    """A schema as llguidance takes it. One can carry options of the library; these here go before them."""
+    from llguidance import LLMatcher
+
+    options: Any = {
+        "item_separator": ",",
+        "key_separator": ":",
+        "whitespace_flexible": True,
+        "whitespace_pattern": _WHITESPACE,
+        "coerce_one_of": False,
+        "lenient": False,
+    }
+    return LLMatcher.grammar_from_json_schema(dict(schema), overrides=options)
 
 
 def read_schema(text: str, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -129,14 +129,20 @@ def _answer_errors(app: Any) -> None:
     def refusal(error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
 
+    def path(problem: dict[str, Any], body: Any) -> list[str]:
+        return field_path(problem["loc"][1:], body, missing=problem["type"] == "missing")
+
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
         return refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_wrong_form(request: Request, error: RequestValidationError) -> JSONResponse:
-        problem = error.errors()[0]
-        where = ".".join(str(step) for step in problem["loc"][1:])
+        problem = max(error.errors(), key=lambda each: len(path(each, error.body)))  # of a union the member that was meant: it goes deepest
+        if problem["type"] == "json_invalid":
+            fault = problem.get("ctx", {}).get("error", problem["msg"])
+            return refusal(ApiError(400, f"The body is not JSON: {fault} at character {problem['loc'][-1]}.", code="invalid_form"))
+        where = ".".join(path(problem, error.body))
         return refusal(ApiError(400, f"{where or 'body'}: {problem['msg']}", code="invalid_form", param=where or None))
 
     @app.exception_handler(404)
@@ -151,6 +157,24 @@ def _answer_errors(app: Any) -> None:
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return refusal(ApiError(500, "The server failed.", code="internal_error"))
+
+
+def field_path(location: Sequence[str | int], body: Any, *, missing: bool) -> list[str]:
+    """A field of a request as its client knows it: pydantic's location without the names of a union's members.
+
+    Args:
+        location: steps from the body down, such as `("response_format", "json_schema", "json_schema", "name")`.
+        body: the request, which knows which of them are its own.
+        missing: the last step is a field that the body lacks.
+    """
+    found: list[str] = []
+    for place, step in enumerate(location):
+        if step in body if isinstance(body, dict) else isinstance(body, list) and isinstance(step, int) and step < len(body):
+            body = body[step]
+        elif not (missing and place == len(location) - 1):
+            continue
+        found.append(str(step))
+    return found
 
 
 def serve(shelf: ModelShelf, settings: ServeSettings, on_ready: Callable[[str], None] = lambda address: None) -> None:
@@ -190,6 +214,15 @@ async def serve_async(shelf: ModelShelf, settings: ServeSettings, on_ready: Call
     host, port = listener.getsockname()[:2]
     on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
     await Server(config).serve(sockets=[listener])
+
+
+def check_address(settings: ServeSettings) -> None:
+    """Tells before anything is loaded that an address is taken.
+
+    Raises:
+        ModelError: it cannot be listened on.
+    """
+    _listen(settings).close()
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

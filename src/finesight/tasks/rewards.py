@@ -128,7 +128,9 @@ def check_rewards(rewards: Sequence[Reward], conversations: Sequence[Conversatio
         for wanted in reward.takes:
             if _column_for(wanted, known) is None:
                 near = difflib.get_close_matches(wanted, known, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"The rows have: {', '.join(sorted(columns)) or 'no further columns'}."
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                hint += f"The rows have: {', '.join(sorted(columns)) or 'no further columns'}; "
+                hint += f"without a column there are: {', '.join(_ALWAYS_THERE)}."
                 raise EvaluationError(f"Reward {reward.name!r} takes {wanted!r}, which is no column of the rows. {hint}")
 
 
