@@ -20,6 +20,7 @@ from finesight.training.prepare import prepare
 from finesight.training.processes import start_accelerator
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.run import train
+from finesight.training.run_folder import read_run
 from finesight.training.run_sizes import DataSizes
 from finesight.training.session import Session
 from finesight.training.telemetry import read_metrics
@@ -51,6 +52,9 @@ def logs(completions, log_metric, log_extra, **kwargs):
     log_metric("step", -5.0)
     log_extra("parsed", ["answer 0", {"of": 1}, *[None] * (len(completions) - 2)])
     return [1.0] * len(completions)
+
+def short(completions, **kwargs):
+    return [1.0]
 
 def fails_held_out(completions, **kwargs):
     if len(completions) == 12:
@@ -241,6 +245,18 @@ def test_what_functions_log_is_kept_and_passes_for_nothing_else(recipe_of, tmp_p
     assert line["logged/step"] == -5.0 and line["step"] == 1
     table = parquet.read_table(result.output_dir / "completions" / "step-000001.parquet").to_pylist()
     assert [row["extra_parsed"] for row in table[:3]] == ["answer 0", '{"of": 1}', None]
+
+
+def test_a_run_without_any_reward_says_so_and_has_a_report(recipe_of, tmp_path):
+    out = io.StringIO()
+    result = train(recipe_of(tmp_path / "run", "short", training={"max_steps": 1}), console=Console(file=out, width=400))
+    assert not any("reward" in line for line in result.history)
+    assert "No reward was given in any step" in out.getvalue() and f"Report: {result.output_dir / 'report.html'}" in out.getvalue()
+    page = (result.output_dir / "report.html").read_text(encoding="utf-8")
+    assert "No reward was given in any step" in page and "it gave 1 values for 12 completions" in page
+    assert "Completions of step 1: 3 of 3 prompts, mean reward not given" in page
+    run = read_run(result.output_dir)
+    assert run.is_reinforcement and run.missing == ()
 
 
 def test_rewards_that_fail_on_held_out_prompts_are_told(recipe_of, tmp_path):

@@ -85,9 +85,11 @@ def report(folder: _RunArgument) -> None:
     from finesight.training.run_folder import read_run
     from finesight.training.run_report import write_run_report
 
-    path = write_run_report(read_run(folder).path)
+    run = read_run(folder)
+    path = write_run_report(run.path)
     if path is None:
-        raise CheckpointError(f"{folder} has no rewards to report of: it is no run of reinforcement (grpo), or has not made a step yet.")
+        why = "it has not made a step yet" if run.is_reinforcement or run.recipe is None else "it is no run of reinforcement (grpo)"
+        raise CheckpointError(f"{folder} has no rewards to report of: {why}.")
     Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -15,7 +15,8 @@ from finesight.recipe_files import RECIPE_FILE, RUN_FILE, load_recipe
 from finesight.training.checkpoint import checkpoint_step, list_checkpoints
 from finesight.training.telemetry import METRICS, read_metrics
 
-REPORT = Path("eval") / "report.html"
+REPORT = Path("eval") / "report.html"  # of `finesight eval`
+RUN_REPORT = "report.html"  # of reinforcement
 _TRAINER = "trainer.json"  # in a checkpoint
 _WEIGHTS = ("adapter", "model")
 # Figures that runs are compared by: (label, key of run.json's state or None, keys of the last line of metrics.jsonl that has one).
@@ -50,6 +51,11 @@ class RunFolder:
         if reason := self.run.get("stop_reason"):
             return str(reason)
         return "stopped or running" if self.checkpoints or self.metrics else "not begun"
+
+    @property
+    def is_reinforcement(self) -> bool:
+        """Whether it learns from rewards."""
+        return self.recipe is not None and self.recipe.grpo is not None
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -126,7 +132,7 @@ def read_run(folder: str | Path) -> RunFolder:
         metrics=tuple(read_metrics(path / METRICS)),
         checkpoints=tuple(checkpoints),
         weights=next((path / name for name in _WEIGHTS if (path / name).is_dir()), None),
-        report=path / REPORT if (path / REPORT).is_file() else None,
+        report=next((path / name for name in (REPORT, RUN_REPORT) if (path / name).is_file()), None),
         num_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink()),
     )
 
