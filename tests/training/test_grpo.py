@@ -15,6 +15,7 @@ from finesight.data.blank import blanked
 from finesight.data.pixels import visual_patches
 from finesight.errors import EvaluationError, RecipeError
 from finesight.recipe_files import dump_recipe, load_recipe, parse_recipe
+from finesight.training.completion_files import ablation_words
 from finesight.training.grpo import GRPO
 from finesight.training.prepare import prepare
 from finesight.training.processes import start_accelerator
@@ -52,6 +53,9 @@ def logs(completions, log_metric, log_extra, **kwargs):
     log_metric("step", -5.0)
     log_extra("parsed", ["answer 0", {"of": 1}, *[None] * (len(completions) - 2)])
     return [1.0] * len(completions)
+
+def raises(completions, **kwargs):
+    return {}["a"]
 
 def short(completions, **kwargs):
     return [1.0]
@@ -273,8 +277,36 @@ def test_what_is_earned_without_looking_is_said(recipe_of, tmp_path):
     out = io.StringIO()
     recipe = recipe_of(tmp_path / "run", grpo={"image_ablation_steps": 1}, training={"max_steps": 1})
     (line,) = steps_of(train(recipe, console=Console(file=out, width=300)))
-    blind = line["image_ablation/reward/without_image"]
-    assert f"{blind:.3f} with images blanked: that much is earned without looking" in out.getvalue()
+    seen, blind = (line[f"image_ablation/reward/{side}"] for side in ("with_image", "without_image"))
+    assert f"step 1: {ablation_words(seen, blind)}" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seen", "blind", "meaning"),
+    [
+        (0.5, 0.25, "that much is earned without looking"),
+        (0.5, 0.0, "nothing is earned without looking"),
+        (0.0, 0.0, "looking earns nothing so far"),
+        (0.5, 0.5001, "looking earns nothing so far"),
+        (0.25, 0.5, "looking earns nothing so far, and less is earned with it"),
+        (-0.25, -0.5, "nothing is earned without looking"),
+    ],
+)
+def test_the_words_follow_what_was_earned(seen, blind, meaning):
+    assert ablation_words(seen, blind).endswith(f"{blind:.3f} with images blanked: {meaning}")
+
+
+def test_failures_with_images_blanked_are_told_apart_and_each_reason_once(recipe_of, tmp_path):
+    out = io.StringIO()
+    recipe = recipe_of(tmp_path / "run", "letters", "raises", grpo={"image_ablation_steps": 1}, training={"max_steps": 1})
+    result = train(recipe, console=Console(file=out, width=400))
+    trained, blind = [line for line in result.history if line.get("event") == "reward_failed"]
+    assert trained["count"] == 12 and 4 <= blind["count"] <= 12  # three prompts, at least one of them with an image
+    assert steps_of(result)[0]["rewards/raises/failed"] == 12
+    assert f"{blind['count']} rewards of completions with images blanked failed" in out.getvalue()
+    (reason,) = trained["failures"]  # one reason, each of the three rows once
+    line = REWARDS[: REWARDS.index('return {}["a"]')].count("\n") + 1
+    assert reason.endswith(f"KeyError: 'a' (line {line} of own.py) (12 times)") and reason.count(", row ") == 3
 
 
 def test_full_tuning_and_held_out_reward(recipe_of, tmp_path):
