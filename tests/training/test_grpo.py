@@ -11,6 +11,7 @@ import torch
 from pyarrow import parquet
 from rich.console import Console
 
+from finesight.cli import main
 from finesight.data.blank import blanked
 from finesight.data.pixels import visual_patches
 from finesight.errors import EvaluationError, RecipeError
@@ -105,6 +106,9 @@ def test_what_a_run_tells_and_leaves(recipe_of, tmp_path):
     out = io.StringIO()
     result = train(recipe, console=Console(file=out, width=300))
     assert "9 prompts to train on" in out.getvalue() and "3 steps of 12 completions: 4 for each of 3 prompts" in out.getvalue()
+    assert (
+        "a step: on average at most " in out.getvalue() and "completion tokens/s" in out.getvalue() and "supervised" not in out.getvalue()
+    )
     assert result.adapter_dir is not None and result.state.step == 3 and result.state.num_samples == 36
     lines = steps_of(result)
     for line in lines:
@@ -296,6 +300,17 @@ def test_the_words_follow_what_was_earned(seen, blind, meaning):
     assert ablation_words(seen, blind).endswith(f"{blind:.3f} with images blanked: {meaning}")
 
 
+def test_the_command_has_the_words_of_reinforcement(recipe_of, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe_of(tmp_path / "run", training={"max_steps": 1})), encoding="utf-8")
+    for arguments in (["--dry-run"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(path), *arguments])
+        shown = capsys.readouterr().out
+        assert not ended.value.code and "trained on" not in shown and "supervised" not in shown and "One epoch" not in shown
+        assert ("tokens of a prompt" in shown) == (arguments == ["--dry-run"]) != ("evaluation.tasks names no grader" in shown)
+
+
 def test_failures_with_images_blanked_are_told_apart_and_each_reason_once(recipe_of, tmp_path):
     out = io.StringIO()
     recipe = recipe_of(tmp_path / "run", "letters", "raises", grpo={"image_ablation_steps": 1}, training={"max_steps": 1})
@@ -374,6 +389,7 @@ def test_sampling_is_planned_for(recipe_of, tmp_path):
     [
         ({"grpo": None}, "rewards and rollout are for reinforcement: add a section `grpo"),
         ({"rewards": []}, "grpo needs rewards"),
+        ({"training": {"sample_answers": 2}}, "training.sample_answers is for supervised training"),
         ({"training": {"train_batch_size": 10}}, r"multiple of grpo.num_generations \(4\); set it to 8 or 12"),
         ({"tuning": {"method": "full"}, "grpo": {"beta": 0.1}}, "full tuning changes the base"),
         (
