@@ -46,8 +46,8 @@ def show_dry_run(recipe: Recipe, console: Console) -> None:
     processor = prepared.processor
     for place in spread(len(prepared.samples), _SAMPLES_SHOWN):
         console.print(sample_panel(prepared.samples[place], processor.tokenizer, processor.layout))
-    trained = [("trained on", TRAINED_STYLE), ", "] if recipe.grpo is None else []
-    console.print(Text.assemble(*trained, ("image or video, columns x rows of visual tokens", VISUAL_STYLE)))
+    trained = Text.assemble(("trained on", TRAINED_STYLE), ", ") if recipe.grpo is None else Text()
+    console.print(Text.assemble(trained, ("image or video, columns x rows of visual tokens", VISUAL_STYLE)))
     console.rule("run")
     thinking = thinking_warning(recipe.model.name_or_path, processor.chat_template, prepared.conversations)
     for note in (*prepared.notes, *tuning_notes(recipe.tuning, processor.family), *([thinking] if thinking else [])):
