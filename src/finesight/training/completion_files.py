@@ -21,7 +21,7 @@ from finesight.training.run_report import COMPLETIONS
 from finesight.training.telemetry import Telemetry, counted
 
 _SHOWN_FAILURES = 5  # reasons
-_SHOWN_ROWS = 3  # of each
+_SHOWN_ROWS = 5  # of each
 
 
 class RolloutLog:
@@ -121,8 +121,13 @@ def tell_failures(telemetry: Telemetry, step: int, failures: Sequence[RewardFail
 
 def _described(alike: Sequence[RewardFailure]) -> str:
     """Failures of one reward for one reason: the rows, each once, and how many they are."""
-    rows = list(dict.fromkeys(str(failure.source) for failure in alike))
-    shown = "; ".join(rows[:_SHOWN_ROWS]) + (f"; and {counted(len(rows) - _SHOWN_ROWS, 'further row')}" if len(rows) > _SHOWN_ROWS else "")
+    rows = sorted({(failure.source.file, failure.source.row) for failure in alike})
+    files: dict[str, list[int]] = {}
+    for file, row in rows[:_SHOWN_ROWS]:
+        files.setdefault(file, []).append(row)
+    shown = ", ".join(f"{file}, {'row' if len(of) == 1 else 'rows'} {', '.join(map(str, of))}" for file, of in files.items())
+    if len(rows) > _SHOWN_ROWS:
+        shown += f" and {counted(len(rows) - _SHOWN_ROWS, 'further row')}"
     times = f" ({len(alike)} times)" if len(alike) > 1 else ""
     return f"{alike[0].reward}, {shown}: {alike[0].message}{times}"
 
