@@ -348,6 +348,11 @@ class Recipe(Settings):
                     f"{' and '.join(given)} are for reinforcement: add a section `grpo: {{num_generations: 8}}`, or remove {' and '.join(given)}"
                 )
             return
+        if t.sample_answers:
+            raise ValueError(
+                "training.sample_answers is for supervised training: with grpo every completion is kept in the run's folder `completions`; "
+                "leave it out"
+            )
         if not self.rewards:
             raise ValueError("grpo needs rewards: name graders or functions of yours, for example `rewards: [exact_match]`")
         if t.train_batch_size % g.num_generations:

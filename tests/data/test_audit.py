@@ -188,6 +188,15 @@ class TestResult:
         ):
             assert expected in text, expected
 
+    def test_prompts_for_rewards_have_no_trained_tokens_and_no_cost(self, conversations: list[Conversation]) -> None:
+        out = io.StringIO()
+        samples = [sample(i, "k", 10 + i) for i in range(4)]
+        result = audit(conversations, samples, settings=AuditSettings(supervised=False))
+        result.render(Console(file=out, width=140))
+        assert result.cost is None and result.tokens is not None and "tokens of a prompt" in out.getvalue()
+        assert not any(line.split()[:1] == ["trained"] for line in out.getvalue().splitlines())
+        assert "One epoch" not in out.getvalue() and "single character" not in out.getvalue()
+
     def test_empty(self) -> None:
         out = io.StringIO()
         nothing = audit([])
@@ -208,4 +217,6 @@ class TestResult:
             "training": {"train_batch_size": 3, "token_budget": 1000, "seed": 5},
         })  # fmt: skip
         assert AuditSettings.of(recipe) == AuditSettings(3, 1000, 100, share=False, seed=5, on_bad_row="skip")
-        assert AuditSettings.of(recipe).longest == 100
+        assert AuditSettings.of(recipe).longest == 100 and AuditSettings.of(recipe).supervised
+        rewards = parse_recipe({"model": {"name_or_path": "m"}, "grpo": {"num_generations": 4}, "rewards": ["math"]})
+        assert not AuditSettings.of(rewards).supervised

@@ -112,6 +112,11 @@ class TestCard:
         card = ModelCard(text)
         assert card.data.license == "apache-2.0" and card.data.base_model == METADATA.base and card.data.library_name == "transformers"
 
+    def test_the_best_of_reinforcement_is_a_reward(self, tmp_path: Path) -> None:
+        recipe = parse_recipe({"model": {"name_or_path": "m"}, "grpo": {"num_generations": 4}, "rewards": ["math"]})
+        for known, label in ((facts(tmp_path), "lowest held-out loss"), (RunFacts(recipe, facts(tmp_path).run), "highest held-out reward")):
+            assert f"- {label}: 0.5000" in model_card("x", Export(tmp_path, "adapter", HELD), "m", known, None)
+
     def test_with_little_known(self, tmp_path: Path) -> None:
         text = model_card("x", Export(tmp_path, "adapter", HELD), str(tmp_path / "base"), RunFacts(), None)
         assert "Not stated. The licence of the base, base, holds" in text and "Nothing was measured." in text

@@ -136,7 +136,8 @@ class TestWhatGoesWrong:
         assert calls == [3, 1, 1, 1]
         (failure,) = result.failures
         assert (failure.reward, failure.index, failure.kind) == ("f", 1, "error")
-        assert str(failure) == "f, rows.jsonl, row 1: ZeroDivisionError: division by zero"
+        line = reward.__code__.co_firstlineno + 2
+        assert str(failure) == f"f, rows.jsonl, row 1: ZeroDivisionError: division by zero (line {line} of test_rewards.py)"
         assert (result.statistics["f"].failed, result.statistics["f"].count) == (1, 2)
 
     def test_an_async_error_too(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -11,15 +12,18 @@ import torch
 from pyarrow import parquet
 from rich.console import Console
 
+from finesight.cli import main
 from finesight.data.blank import blanked
 from finesight.data.pixels import visual_patches
 from finesight.errors import EvaluationError, RecipeError
 from finesight.recipe_files import dump_recipe, load_recipe, parse_recipe
+from finesight.training.completion_files import ablation_words
 from finesight.training.grpo import GRPO
 from finesight.training.prepare import prepare
 from finesight.training.processes import start_accelerator
 from finesight.training.rollout_source import RolloutSource
 from finesight.training.run import train
+from finesight.training.run_folder import read_run
 from finesight.training.run_sizes import DataSizes
 from finesight.training.session import Session
 from finesight.training.telemetry import read_metrics
@@ -51,6 +55,12 @@ def logs(completions, log_metric, log_extra, **kwargs):
     log_metric("step", -5.0)
     log_extra("parsed", ["answer 0", {"of": 1}, *[None] * (len(completions) - 2)])
     return [1.0] * len(completions)
+
+def raises(completions, **kwargs):
+    return {}["a"]
+
+def short(completions, **kwargs):
+    return [1.0]
 
 def fails_held_out(completions, **kwargs):
     if len(completions) == 12:
@@ -97,6 +107,9 @@ def test_what_a_run_tells_and_leaves(recipe_of, tmp_path):
     out = io.StringIO()
     result = train(recipe, console=Console(file=out, width=300))
     assert "9 prompts to train on" in out.getvalue() and "3 steps of 12 completions: 4 for each of 3 prompts" in out.getvalue()
+    assert (
+        "a step: on average at most " in out.getvalue() and "completion tokens/s" in out.getvalue() and "supervised" not in out.getvalue()
+    )
     assert result.adapter_dir is not None and result.state.step == 3 and result.state.num_samples == 36
     lines = steps_of(result)
     for line in lines:
@@ -243,6 +256,18 @@ def test_what_functions_log_is_kept_and_passes_for_nothing_else(recipe_of, tmp_p
     assert [row["extra_parsed"] for row in table[:3]] == ["answer 0", '{"of": 1}', None]
 
 
+def test_a_run_without_any_reward_says_so_and_has_a_report(recipe_of, tmp_path):
+    out = io.StringIO()
+    result = train(recipe_of(tmp_path / "run", "short", training={"max_steps": 1}), console=Console(file=out, width=400))
+    assert not any("reward" in line for line in result.history)
+    assert "No reward was given in any step" in out.getvalue() and f"Report: {result.output_dir / 'report.html'}" in out.getvalue()
+    page = (result.output_dir / "report.html").read_text(encoding="utf-8")
+    assert "No reward was given in any step" in page and "it gave 1 values for 12 completions" in page
+    assert "Completions of step 1: 3 of 3 prompts, mean reward not given" in page
+    run = read_run(result.output_dir)
+    assert run.is_reinforcement and run.missing == ()
+
+
 def test_rewards_that_fail_on_held_out_prompts_are_told(recipe_of, tmp_path):
     training = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
     out = io.StringIO()
@@ -257,8 +282,49 @@ def test_what_is_earned_without_looking_is_said(recipe_of, tmp_path):
     out = io.StringIO()
     recipe = recipe_of(tmp_path / "run", grpo={"image_ablation_steps": 1}, training={"max_steps": 1})
     (line,) = steps_of(train(recipe, console=Console(file=out, width=300)))
-    blind = line["image_ablation/reward/without_image"]
-    assert f"{blind:.3f} with images blanked: that much is earned without looking" in out.getvalue()
+    seen, blind = (line[f"image_ablation/reward/{side}"] for side in ("with_image", "without_image"))
+    assert f"step 1: {ablation_words(seen, blind)}" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seen", "blind", "meaning"),
+    [
+        (0.5, 0.25, "that much is earned without looking"),
+        (0.5, 0.0, "nothing is earned without looking"),
+        (0.0, 0.0, "looking earns nothing so far"),
+        (0.5, 0.5001, "looking earns nothing so far"),
+        (0.25, 0.5, "looking earns nothing so far, and less is earned with it"),
+        (-0.25, -0.5, "nothing is earned without looking"),
+    ],
+)
+def test_the_words_follow_what_was_earned(seen, blind, meaning):
+    assert ablation_words(seen, blind).endswith(f"{blind:.3f} with images blanked: {meaning}")
+
+
+def test_the_command_has_the_words_of_reinforcement(recipe_of, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe_of(tmp_path / "run", training={"max_steps": 1})), encoding="utf-8")
+    for arguments in (["--dry-run"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", str(path), *arguments])
+        shown = capsys.readouterr().out
+        assert not ended.value.code and "trained on" not in shown and "supervised" not in shown and "One epoch" not in shown
+        assert ("tokens of a prompt" in shown) == (arguments == ["--dry-run"]) != ("evaluation.tasks names no grader" in shown)
+
+
+def test_failures_with_images_blanked_are_told_apart_and_each_reason_once(recipe_of, tmp_path):
+    out = io.StringIO()
+    recipe = recipe_of(tmp_path / "run", "letters", "raises", grpo={"image_ablation_steps": 1}, training={"max_steps": 1})
+    result = train(recipe, console=Console(file=out, width=400))
+    trained, blind = [line for line in result.history if line.get("event") == "reward_failed"]
+    assert trained["count"] == 12 and 4 <= blind["count"] <= 12  # three prompts, at least one of them with an image
+    assert steps_of(result)[0]["rewards/raises/failed"] == 12
+    assert f"{blind['count']} rewards of completions with images blanked failed" in out.getvalue()
+    (reason,) = trained["failures"]  # one reason, each of the three rows once
+    line = REWARDS[: REWARDS.index('return {}["a"]')].count("\n") + 1
+    assert reason.endswith(f"KeyError: 'a' (line {line} of own.py) (12 times)") and re.search(
+        r"rows.jsonl, rows \d, \d, \d: KeyError", reason
+    )
 
 
 def test_full_tuning_and_held_out_reward(recipe_of, tmp_path):
@@ -326,6 +392,7 @@ def test_sampling_is_planned_for(recipe_of, tmp_path):
     [
         ({"grpo": None}, "rewards and rollout are for reinforcement: add a section `grpo"),
         ({"rewards": []}, "grpo needs rewards"),
+        ({"training": {"sample_answers": 2}}, "training.sample_answers is for supervised training"),
         ({"training": {"train_batch_size": 10}}, r"multiple of grpo.num_generations \(4\); set it to 8 or 12"),
         ({"tuning": {"method": "full"}, "grpo": {"beta": 0.1}}, "full tuning changes the base"),
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finesight.cli import main
 from finesight.errors import CheckpointError
 from finesight.recipe_files import dump_recipe, parse_recipe
 from finesight.training.checkpoint import write_checkpoint
@@ -47,6 +48,32 @@ def test_a_run_that_was_cut_off(tmp_path: Path) -> None:
     run = read_run(written_run(tmp_path / "one", ended=False))
     assert run.status == "stopped or running" and run.data_fingerprint == "abc" and run.figures() == {"steps": 2, "last loss": 1.5}
     assert run.missing == ("versions", "report")
+
+
+def test_what_reinforcement_came_to(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # a row of a table stays one line
+    folder, supervised = written_run(tmp_path / "learned"), written_run(tmp_path / "taught")
+    recipe = {"model": {"name_or_path": "base"}, "grpo": {"num_generations": 4}, "rewards": ["math"]}
+    (folder / "recipe.yaml").write_text(dump_recipe(parse_recipe(recipe)))
+    lines = [
+        {"step": 1, "reward": 0.25},
+        {"step": 1, "eval_reward": 0.75},
+        {"step": 2, "reward": 0.5},
+        {"step": 2, "eval_reward": float("nan")},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for run in (folder, supervised):
+        content = json.loads((run / "run.json").read_text())
+        content["state"]["best_metric"] = 0.875
+        (run / "run.json").write_text(json.dumps(content))
+    rewards = {"last reward": 0.5, "last held-out reward": 0.75, "highest held-out reward": 0.875}
+    assert read_run(folder).figures() == {"steps": 4, "last loss": 1.0, **rewards}
+    assert read_run(supervised).figures() == {"steps": 4, "last loss": 1.0, "lowest held-out loss": 0.875}
+    for command in (["list", str(tmp_path)], ["compare", str(folder), str(supervised)]):
+        with pytest.raises(SystemExit) as ended:
+            main(["runs", *command])
+        shown = capsys.readouterr().out
+        assert not ended.value.code and "0.5000" in shown and shown.count("0.8750") == 2
 
 
 def test_runs_in_a_folder(tmp_path: Path) -> None:

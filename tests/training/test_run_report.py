@@ -126,4 +126,8 @@ def test_the_command_needs_a_run_with_rewards(tmp_path, capsys):
     (run / METRICS).write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(SystemExit) as ended:
         main(["runs", "report", str(run)])
-    assert ended.value.code == 2 and "no rewards to report of" in capsys.readouterr().err
+    assert ended.value.code == 2 and "it is no run of reinforcement" in capsys.readouterr().err
+    (run / "recipe.yaml").write_text("model: {name_or_path: x}\ngrpo: {num_generations: 4}\nrewards: [math]\n")
+    with pytest.raises(SystemExit):
+        main(["runs", "report", str(run)])
+    assert "has not made a step yet" in capsys.readouterr().err

@@ -46,7 +46,8 @@ def show_dry_run(recipe: Recipe, console: Console) -> None:
     processor = prepared.processor
     for place in spread(len(prepared.samples), _SAMPLES_SHOWN):
         console.print(sample_panel(prepared.samples[place], processor.tokenizer, processor.layout))
-    console.print(Text.assemble(("trained on", TRAINED_STYLE), ", ", ("image or video, columns x rows of visual tokens", VISUAL_STYLE)))
+    trained = Text.assemble(("trained on", TRAINED_STYLE), ", ") if recipe.grpo is None else Text()
+    console.print(Text.assemble(trained, ("image or video, columns x rows of visual tokens", VISUAL_STYLE)))
     console.rule("run")
     thinking = thinking_warning(recipe.model.name_or_path, processor.chat_template, prepared.conversations)
     for note in (*prepared.notes, *tuning_notes(recipe.tuning, processor.family), *([thinking] if thinking else [])):
@@ -63,7 +64,10 @@ def spread(total: int, count: int) -> list[int]:
 def sample_panel(sample: Sample, tokenizer: Any, layout: PatchLayout) -> Panel:
     """One sample with its trained tokens coloured."""
     visual = sum(count for item in sample.visual_items for _, count in item.runs)
-    subtitle = f"{len(sample):,} tokens, {visual:,} visual, {int(sample.trained.sum()):,} trained on"
+    trained = int(sample.trained.sum())
+    subtitle = f"{len(sample):,} tokens, {visual:,} visual" + (
+        f", {trained:,} trained on" if trained else ""
+    )  # none of a prompt for rewards
     return Panel(sample_text(sample, tokenizer, layout), title=Text(str(sample.source)), subtitle=subtitle, title_align="left")
 
 

@@ -22,23 +22,24 @@ _RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a r
 @runs.command(name="list")
 def list_runs(folder: Annotated[Path, typer.Argument(help="Folder that holds runs, or one run.")] = Path("runs")) -> None:
     """Show the runs in a folder, and what each lacks to be self-contained."""
-    from finesight.training.run_folder import find_runs, read_run
+    from finesight.training.run_folder import BEST_LOSS, BEST_REWARD, find_runs, read_run
 
     found = find_runs(folder)
     console = Console()
     if not found:
         console.print(f"There are no runs in {folder}.", markup=False, highlight=False)
         return
-    table = Table("run", "state", "steps", "loss", "held-out", "checkpoints", "GiB", "missing")
-    for path in found:
-        run = read_run(path)
+    read = [read_run(path) for path in found]
+    columns = {"steps": "steps", "loss": "last loss", "held-out loss": BEST_LOSS}
+    if any(run.is_reinforcement for run in read):
+        columns |= {"reward": "last reward", "held-out reward": BEST_REWARD}
+    table = Table("run", "state", *columns, "checkpoints", "GiB", "missing")
+    for run in read:
         figures = run.figures()
         table.add_row(
-            escape(str(path)),
+            escape(str(run.path)),
             run.status,
-            _number(figures.get("steps")),
-            _number(figures.get("last loss")),
-            _number(figures.get("lowest held-out loss")),
+            *(_number(figures.get(label)) for label in columns.values()),
             str(len(run.checkpoints)),
             f"{run.num_bytes / 2**30:.2f}",
             ", ".join(run.missing) or "-",
@@ -85,9 +86,11 @@ def report(folder: _RunArgument) -> None:
     from finesight.training.run_folder import read_run
     from finesight.training.run_report import write_run_report
 
-    path = write_run_report(read_run(folder).path)
+    run = read_run(folder)
+    path = write_run_report(run.path)
     if path is None:
-        raise CheckpointError(f"{folder} has no rewards to report of: it is no run of reinforcement (grpo), or has not made a step yet.")
+        why = "it has not made a step yet" if run.is_reinforcement or run.recipe is None else "it is no run of reinforcement (grpo)"
+        raise CheckpointError(f"{folder} has no rewards to report of: {why}.")
     Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 

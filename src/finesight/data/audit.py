@@ -42,6 +42,7 @@ class AuditSettings:
     shuffle: bool = True
     seed: int = 0
     on_bad_row: str = "stop"
+    supervised: bool = True  # reinforcement trains on completions that are not there yet
 
     @classmethod
     def of(cls, recipe: Recipe) -> AuditSettings:
@@ -55,6 +56,7 @@ class AuditSettings:
             training.shuffle,
             seed,
             data.on_bad_row,
+            recipe.grpo is None,
         )
 
     @property
@@ -205,7 +207,7 @@ class Shrunk:
 
 @dataclass(frozen=True)
 class DatasetAudit:
-    """All figures. `tokens`, `cost` and `shrunk` need encoded samples and are None or empty without them."""
+    """All figures. `tokens`, `cost` and `shrunk` need encoded samples and are None or empty without them; `cost` is of supervised training."""
 
     rows: RowFigures
     images: MediaFigures
@@ -274,7 +276,7 @@ def audit(
         held_out=len(held_out),
         leaks=_leaks(conversations, held_out, keys),
         tokens=None if samples is None else _token_figures(samples, settings),
-        cost=_cost_figures(samples, settings) if samples else None,
+        cost=_cost_figures(samples, settings) if samples and settings.supervised else None,
         shrunk=_shrunk(samples or ()),
         settings=settings,
     )

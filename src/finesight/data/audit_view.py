@@ -31,7 +31,7 @@ def show(audit: DatasetAudit, console: Console) -> None:
         console.print(f"  {escape(file)}: read as {format_}")
     _show_content(audit, console)
     if audit.tokens is not None:
-        _show_tokens(audit.tokens, console)
+        _show_tokens(audit.tokens, console, supervised=audit.settings.supervised)
     if audit.cost is not None:
         _show_cost(audit.cost, console)
     _show_problems(audit, console)
@@ -73,9 +73,15 @@ def _media_cells(media: MediaFigures) -> list[str]:
     return [*cells, _spread(media.frames) if media.frames.count else "–"]
 
 
-def _show_tokens(tokens: TokenFigures, console: Console) -> None:
-    table = _table("tokens of a sample", "min", "median", "95%", "max", "all")
-    for name, figures in (("all", tokens.tokens), ("text", tokens.text), ("visual", tokens.visual), ("trained", tokens.trained)):
+def _show_tokens(tokens: TokenFigures, console: Console, *, supervised: bool) -> None:
+    table = _table("tokens of a sample" if supervised else "tokens of a prompt", "min", "median", "95%", "max", "all")
+    rows = [
+        ("all", tokens.tokens),
+        ("text", tokens.text),
+        ("visual", tokens.visual),
+        *([("trained", tokens.trained)] if supervised else []),
+    ]
+    for name, figures in rows:
         table.add_row(name, *(f"{value:,.0f}" for value in (figures.min, figures.median, figures.p95, figures.max, figures.total)))
     console.print(table)
     largest = max((count for _, count in tokens.histogram), default=1)
@@ -127,7 +133,7 @@ def _show_problems(audit: DatasetAudit, console: Console) -> None:
         f"{s.media}: {s.size[0]} × {s.size[1]} -> {s.resized[0]} × {s.resized[1]}"
     ))  # fmt: skip
     _listing(console, "yellow", _count(audit.answers.empty, "empty answer"), audit.answers.empty, str)
-    if audit.answers.very_short:
+    if audit.answers.very_short and audit.settings.supervised:
         console.print(
             f"[dim]{_count(audit.answers.very_short, 'answer')} of a single character, for example {escape(str(audit.answers.very_short[0]))}[/dim]"
         )

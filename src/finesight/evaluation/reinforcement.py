@@ -25,6 +25,7 @@ PICTURED_GROUPS = 4
 _STAGES = 4  # rollouts shown, from the first to the last
 _COMPLETIONS = 8  # shown of one group
 _REWARD = "reward_"  # what columns of single rewards begin with
+_EVERY_STEP = "frac_reward_zero_std"  # the figure of rewards that a step has even where none was given
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Reinforcement:
     rewards: tuple[str, ...]  # names of the single rewards; empty where there is one alone
     stages: tuple[Stage, ...]
     failed_rewards: int
+    any_reward: bool  # whether a reward was given in any step
+
+
+def gave_no_reward(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether lines of metrics have steps of reinforcement, and no reward in any of them."""
+    steps = [line for line in lines if _EVERY_STEP in line]
+    return bool(steps) and not any("reward" in line for line in steps)
 
 
 def read_reinforcement(metrics: Path, completions: Path) -> Reinforcement | None:
@@ -91,14 +99,16 @@ def read_reinforcement(metrics: Path, completions: Path) -> Reinforcement | None
     """
     lines = read_lines(metrics) if metrics.is_file() else []
     series = series_of(lines)
-    if "reward" not in series:
+    if not {"reward", _EVERY_STEP} & series.keys():
         return None
+    last_step = max(step for name in ("reward", _EVERY_STEP) if name in series for step in series[name].steps)
     names = tuple(name.removeprefix("rewards/").removesuffix("/mean") for name in series if _is_mean(name))
     return Reinforcement(
         plots=tuple(_plots(series, names)),
         rewards=names if len(names) > 1 else (),
-        stages=tuple(_stages(completions, last_step=max(series["reward"].steps))),
+        stages=tuple(_stages(completions, last_step=last_step)),
         failed_rewards=sum(line.get("count", 0) for line in lines if line.get("event") == "reward_failed"),
+        any_reward="reward" in series,
     )
 
 

@@ -130,7 +130,8 @@ def _data(facts: RunFacts) -> list[str]:
 def _measured(facts: RunFacts) -> list[str]:
     state = facts.run.get("state", {})
     lines = []
-    for label, name in (("last training loss", "last_loss"), ("lowest held-out loss", "best_metric")):
+    best = "lowest held-out loss" if facts.recipe is None or facts.recipe.grpo is None else "highest held-out reward"
+    for label, name in (("last training loss", "last_loss"), (best, "best_metric")):
         if state.get(name) is not None:
             lines.append(f"- {label}: {state[name]:.4f}")
     for task in facts.evaluation.get("tasks", []):

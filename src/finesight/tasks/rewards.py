@@ -13,9 +13,10 @@ import functools
 import inspect
 import math
 import time
+import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 
@@ -278,7 +279,7 @@ def _collect(reward: Reward, call: RewardCall, outcome: Callable[[RewardCall], A
             _fail(collected, reward, call, range(len(call)), "timeout", str(error))
         except (Exception, SystemExit) as error:
             if len(call) == 1:
-                _fail(collected, reward, call, [0], "error", f"{type(error).__name__}: {error}")
+                _fail(collected, reward, call, [0], "error", _raised(reward, error))
             else:
                 _one_by_one(collected, reward, call, outcome, time.perf_counter() + reward.timeout_s)
     collected.seconds = time.perf_counter() - started
@@ -303,7 +304,7 @@ def _one_by_one(collected: _Collected, reward: Reward, call: RewardCall, outcome
         except TimeLimitExceeded as error:
             _fail(collected, reward, call, [index], "timeout", str(error))
         except (Exception, SystemExit) as error:
-            _fail(collected, reward, call, [index], "error", f"{type(error).__name__}: {error}")
+            _fail(collected, reward, call, [index], "error", _raised(reward, error))
 
 
 def _take(collected: _Collected, reward: Reward, call: RewardCall, given: Any, places: Sequence[int]) -> None:
@@ -343,6 +344,17 @@ def _take(collected: _Collected, reward: Reward, call: RewardCall, given: Any, p
 
 def _fail(collected: _Collected, reward: Reward, call: RewardCall, places: Sequence[int], kind: Any, message: str) -> None:
     collected.failures += [RewardFailure(reward.name, place, call.conversations[place].source, kind, message) for place in places]
+
+
+def _raised(reward: Reward, error: BaseException) -> str:
+    """What a reward raised and, of a function of the user, the last of its file's lines that led there."""
+    function: Any = reward.function
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    frames = [] if code is None else [f for f in traceback.extract_tb(error.__traceback__) if f.filename == code.co_filename]
+    place = f" (line {frames[-1].lineno} of {PurePath(frames[-1].filename).name})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def _call_reward(reward: Reward, call: RewardCall, *, logged: _Logged) -> Any:

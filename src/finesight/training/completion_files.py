@@ -20,7 +20,8 @@ from finesight.training.rollouts import Position, Rollout
 from finesight.training.run_report import COMPLETIONS
 from finesight.training.telemetry import Telemetry, counted
 
-_SHOWN_FAILURES = 5
+_SHOWN_FAILURES = 5  # reasons
+_SHOWN_ROWS = 5  # of each
 
 
 class RolloutLog:
@@ -43,6 +44,7 @@ class RolloutLog:
         """
         step = at.step + 1
         tell_failures(self.telemetry, step, rollout.failures)
+        tell_failures(self.telemetry, step, rollout.blind_failures, where="of completions with images blanked")
         _tell_ablation(self.telemetry, step, rollout.figures)
         path = self.folder / f"step-{step:06d}.parquet"
         try:
@@ -97,15 +99,18 @@ class RolloutLog:
 
 
 def tell_failures(telemetry: Telemetry, step: int, failures: Sequence[RewardFailure], *, where: str = "") -> None:
-    """Tells of rewards that failed, the first ones with their rows and reasons; nothing where none did.
+    """Tells of rewards that failed, by reward and reason, with the first rows of each; nothing where none did.
 
     Args:
         where: other than in training, for people: "of held-out prompts".
     """
     if not failures:
         return
-    first = [str(failure) for failure in failures[:_SHOWN_FAILURES]]
-    more = f"; and {len(failures) - len(first)} more" if len(failures) > len(first) else ""
+    alike: dict[tuple[str, str], list[RewardFailure]] = {}
+    for failure in failures:
+        alike.setdefault((failure.reward, failure.message), []).append(failure)
+    first = [_described(members) for members in list(alike.values())[:_SHOWN_FAILURES]]
+    more = f"; and for {counted(len(alike) - len(first), 'further reason')}" if len(alike) > len(first) else ""
     telemetry.event(
         step,
         "reward_failed",
@@ -114,13 +119,42 @@ def tell_failures(telemetry: Telemetry, step: int, failures: Sequence[RewardFail
     )
 
 
+def _described(alike: Sequence[RewardFailure]) -> str:
+    """Failures of one reward for one reason: the rows, each once, and how many they are."""
+    rows = sorted({(failure.source.file, failure.source.row) for failure in alike})
+    files: dict[str, list[int]] = {}
+    for file, row in rows[:_SHOWN_ROWS]:
+        files.setdefault(file, []).append(row)
+    shown = ", ".join(f"{file}, {'row' if len(of) == 1 else 'rows'} {', '.join(map(str, of))}" for file, of in files.items())
+    if len(rows) > _SHOWN_ROWS:
+        shown += f" and {counted(len(rows) - _SHOWN_ROWS, 'further row')}"
+    times = f" ({len(alike)} times)" if len(alike) > 1 else ""
+    return f"{alike[0].reward}, {shown}: {alike[0].message}{times}"
+
+
 def _tell_ablation(telemetry: Telemetry, step: int, figures: Mapping[str, float]) -> None:
     """Says what is earned without looking, where that was measured."""
     seen, blind = (figures.get(f"image_ablation/reward/{side}") for side in ("with_image", "without_image"))
     if seen is not None and blind is not None:
-        telemetry.message(
-            f"step {step}: reward {seen:.3f} with images, {blind:.3f} with images blanked: that much is earned without looking"
-        )
+        telemetry.message(f"step {step}: {ablation_words(seen, blind)}")
+
+
+def ablation_words(seen: float, blind: float) -> str:
+    """What two mean rewards say of looking.
+
+    Args:
+        seen: with images; blind: of the same prompts with images blanked.
+    """
+    seen, blind = round(seen, 3), round(blind, 3)  # as they are shown
+    if blind > seen:
+        meaning = "looking earns nothing so far, and less is earned with it"
+    elif blind == seen:
+        meaning = "looking earns nothing so far"
+    elif blind > 0:
+        meaning = "that much is earned without looking"
+    else:
+        meaning = "nothing is earned without looking"
+    return f"reward {seen:.3f} with images, {blind:.3f} with images blanked: {meaning}"
 
 
 def _thumbnails(prompt: Conversation) -> list[bytes | None]:

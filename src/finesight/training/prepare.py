@@ -69,7 +69,7 @@ class Plan:
                 f"{counted(self.num_samples, 'prompt')} to train on{held_out}",
                 f"{counted(self.total_steps, 'step')} of {counted(self.train_batch_size, 'completion')}: {self.num_generations} for each of "
                 f"{counted(groups, 'prompt')} ({counted(epochs, 'epoch')} of {counted(self.steps_per_epoch, 'step')})",
-                f"a step: at most {counted(round(self.tokens_per_step), 'token')} computed in {counted(float(f'{self.packs_per_step:.3g}'), 'pack')}; "
+                f"a step: on average at most {counted(round(self.tokens_per_step), 'token')} computed in {counted(float(f'{self.packs_per_step:.3g}'), 'pack')}; "
                 f"sharing ratio: {self.sharing_ratio:.2f} (tokens of the completions with their prompts over tokens computed)",
             ]
         return [

@@ -51,6 +51,7 @@ class Rollout:
     groups: tuple[Group, ...]
     figures: dict[str, float] = field(default_factory=dict)
     failures: tuple[RewardFailure, ...] = ()
+    blind_failures: tuple[RewardFailure, ...] = ()  # of the completions with images blanked
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class RolloutMaker:
         # Of the first round alone: groups that replaced others were chosen for what they earn.
         figures = {**completion_figures(groups, self.rollout.max_completion_length), **reward_figures(result, groups, self.labels)}
         failures = list(result.failures)
+        blind_failures: tuple[RewardFailure, ...] = ()
         if ablate:
             blind_figures, blind_failures = self._without_images(rows, groups, at)
             figures |= blind_figures
-            failures += blind_failures
         rounds = replaced = 0
         while rounds < self.grpo.max_resampling_rounds and (constant := [i for i, group in enumerate(groups) if group.is_constant]):
             others = self._other_rows(len(constant), {group.row for group in groups}, at, rounds)
@@ -133,7 +134,7 @@ class RolloutMaker:
         if self.grpo.max_resampling_rounds:
             figures |= {"resampling/rounds": float(rounds), "resampling/replaced_groups": float(replaced)}
             figures["resampling/constant_groups_left"] = sum(group.is_constant for group in groups) / len(groups)
-        return Rollout(tuple(groups), figures, tuple(failures))
+        return Rollout(tuple(groups), figures, tuple(failures), blind_failures)
 
     def _groups(self, rows: Sequence[int], prompts: Sequence[Sample], at: Position, purpose: str) -> tuple[list[Group], RewardResult]:
         size = self.grpo.num_generations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +16,20 @@ from finesight.recipe_files import RECIPE_FILE, RUN_FILE, load_recipe
 from finesight.training.checkpoint import checkpoint_step, list_checkpoints
 from finesight.training.telemetry import METRICS, read_metrics
 
-REPORT = Path("eval") / "report.html"
+REPORT = Path("eval") / "report.html"  # of `finesight eval`
+RUN_REPORT = "report.html"  # of reinforcement
 _TRAINER = "trainer.json"  # in a checkpoint
 _WEIGHTS = ("adapter", "model")
-# Figures that runs are compared by: (label, key of run.json's state or None, keys of the last line of metrics.jsonl that has one).
+BEST_LOSS, BEST_REWARD = "lowest held-out loss", "highest held-out reward"
+# Figures that runs are compared by: their label and their key in the state of run.json.
 _FIGURES = (
     ("steps", "step"),
     ("samples", "num_samples"),
     ("last loss", "last_loss"),
-    ("lowest held-out loss", "best_metric"),
+    (BEST_LOSS, "best_metric"),
     ("seconds", "seconds"),
 )
+_REWARDS = (("last reward", "reward"), ("last held-out reward", "eval_reward"))  # label, and key in lines of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class RunFolder:
         return "stopped or running" if self.checkpoints or self.metrics else "not begun"
 
     @property
+    def is_reinforcement(self) -> bool:
+        """Whether it learns from rewards."""
+        return self.recipe is not None and self.recipe.grpo is not None
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """What a self-contained run would hold and this one does not."""
         wanted = {
@@ -67,8 +76,13 @@ class RunFolder:
     def figures(self) -> dict[str, float]:
         """Numbers to compare by, those that are known."""
         found = {label: self.state[key] for label, key in _FIGURES if isinstance(self.state.get(key), (int, float))}
-        if "last loss" not in found and (losses := [line["loss"] for line in self.metrics if isinstance(line.get("loss"), (int, float))]):
-            found["last loss"] = losses[-1]
+        for label, key in (("last loss", "loss"), *(_REWARDS if self.is_reinforcement else ())):
+            # Not finite: no reward was given.
+            values = [line[key] for line in self.metrics if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+            if label not in found and values:
+                found[label] = values[-1]
+        if self.is_reinforcement and BEST_LOSS in found:
+            found[BEST_REWARD] = found.pop(BEST_LOSS)
         return found
 
 
@@ -126,7 +140,7 @@ def read_run(folder: str | Path) -> RunFolder:
         metrics=tuple(read_metrics(path / METRICS)),
         checkpoints=tuple(checkpoints),
         weights=next((path / name for name in _WEIGHTS if (path / name).is_dir()), None),
-        report=path / REPORT if (path / REPORT).is_file() else None,
+        report=next((path / name for name in (REPORT, RUN_REPORT) if (path / name).is_file()), None),
         num_bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink()),
     )
 

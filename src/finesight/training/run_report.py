@@ -7,9 +7,10 @@ from pathlib import Path
 from finesight.evaluation import report
 from finesight.evaluation.reinforcement import Reinforcement, read_reinforcement
 from finesight.recipe_files import RECIPE_FILE
+from finesight.training.run_folder import RUN_REPORT
 from finesight.training.telemetry import METRICS
 
-RUN_REPORT, COMPLETIONS = "report.html", "completions"
+COMPLETIONS = "completions"
 
 
 def reinforcement_of(run: Path) -> Reinforcement | None:

@@ -65,7 +65,7 @@ class TrainerState:
     step: int = 0
     epoch: int = 0  # of the next step
     index: int = 0  # of the next step within its epoch
-    best_metric: float | None = None  # lowest held-out loss
+    best_metric: float | None = None  # lowest held-out loss, or highest held-out reward
     best_step: int | None = None
     evaluations_without_better: int = 0
     num_samples: int = 0  # counted over the whole run

@@ -265,7 +265,7 @@ class Telemetry:
         s = self._shown
         reward = f"reward {s['reward']:.3f}  " if "reward" in s else ""
         self.message(
-            f"step {step}/{self.total_steps}  {reward}loss {s['loss']:.4f}  lr {s['learning_rate']:.2e}  {s['supervised_tokens_per_s']:,.0f} supervised tokens/s  "
+            f"step {step}/{self.total_steps}  {reward}loss {s['loss']:.4f}  lr {s['learning_rate']:.2e}  {s['supervised_tokens_per_s']:,.0f} {self._targets} tokens/s  "
             f"{s['samples_per_s']:.1f} samples/s  {duration(left)} left"
         )
 
@@ -273,10 +273,10 @@ class Telemetry:
         table = Table.grid(padding=(0, 2))
         s = self._shown
         rows = [
-            ("loss", _short(s.get("loss")), "supervised tokens/s", _count(s.get("supervised_tokens_per_s"))),
+            ("loss", _short(s.get("loss")), f"{self._targets} tokens/s", _count(s.get("supervised_tokens_per_s"))),
             ("learning rate", _short(s.get("learning_rate")), "samples/s", _short(s.get("samples_per_s"))),
             ("gradient norm", _short(s.get("grad_norm")), "padding saved", _percent(s.get("padding_saved"))),
-            ("held-out loss", _short(s.get("eval_loss")), "sharing ratio", _short(s.get("sharing_ratio"))),
+            (*self._held_out(), "sharing ratio", _short(s.get("sharing_ratio"))),
             ("epoch", _short(s.get("epoch")), "memory", f"{s['memory_gib']:.2f} GiB" if "memory_gib" in s else "–"),
             ("waiting for data", _percent(s.get("data_wait_share")), "features kept", _percent(s.get("feature_hit_rate"))),
             *self._reward_rows(),
@@ -284,6 +284,19 @@ class Telemetry:
         for row in rows:
             table.add_row(*row)
         return Group(table, self._progress)
+
+    @property
+    def _learns_from_rewards(self) -> bool:
+        return not {"reward", "frac_reward_zero_std"}.isdisjoint(self._shown)  # of a step without any reward, the latter alone
+
+    @property
+    def _targets(self) -> str:
+        """What the tokens are that have a loss."""
+        return "completion" if self._learns_from_rewards else "supervised"
+
+    def _held_out(self) -> tuple[str, str]:
+        measured = "reward" if self._learns_from_rewards else "loss"
+        return f"held-out {measured}", _short(self._shown.get(f"eval_{measured}"))
 
     def _reward_rows(self) -> list[tuple[str, str, str, str]]:
         """Of reinforcement: what completions earn, and how they are."""
