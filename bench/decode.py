@@ -34,7 +34,7 @@ from bench.checkpoint import write_processor
 from bench.group_prompts import conversations, encoded
 from bench.profile_step import STEP, figures_of
 from bench.roofline import COPY_BYTES, copy_rate, seconds_of
-from bench.rows import Row, emit, failed, significant
+from bench.rows import Row, emit, failed, part, significant
 from bench.workload import TINY_GROUP, GroupSetting
 from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
@@ -149,14 +149,7 @@ class DecodeBench:
             torch.cuda.empty_cache()
 
     def _part(self, row: Row, measure: Callable[[], Row]) -> Row:
-        if time.monotonic() > self.a.stop_at:
-            return failed(row, "not measured: the time of this script was used up")
-        begun = time.monotonic()
-        try:
-            row = {**row, **measure(), "notes": list(self.notes)}
-        except Exception as error:  # one part of many
-            row = failed(row, error)
-        return {**row, "part_s": round(time.monotonic() - begun, 1)}
+        return part(row, measure, stop_at=self.a.stop_at, notes=self.notes)
 
     def _engine(self, form: Form) -> DecodingEngine:
         """As the sampler makes it for a rollout of these prompts."""

@@ -29,7 +29,7 @@ import torch
 from bench import models
 from bench.checkpoint import write_processor
 from bench.group_prompts import completions, conversations, encoded
-from bench.rows import Row, emit, failed, significant
+from bench.rows import Row, emit, failed, part, significant
 from bench.workload import TINY_GROUP, GroupSetting
 from finesight.data.batch import PackedBatch, Scoring
 from finesight.data.feed import Feed, Step
@@ -233,16 +233,9 @@ class UpdateBench:
         return {name: getattr(form, name) for name in names}
 
     def _part(self, row: Row, measure: Callable[[], Row]) -> Row:
-        row = {**self.common, **row}
-        if time.monotonic() > self.a.stop_at:
-            return failed(row, "not measured: the time of this script was used up")
-        begun = time.monotonic()
-        try:
-            row = {**row, **measure(), "notes": list(self.notes)}
-        except Exception as error:  # one part of many
-            row = failed(row, error)
+        row = part({**self.common, **row}, measure, stop_at=self.a.stop_at, notes=self.notes)
         self.clear()
-        return {**row, "part_s": round(time.monotonic() - begun, 1)}
+        return row
 
     def clear(self) -> None:
         """Lets go of gradients and of what nobody holds any more."""

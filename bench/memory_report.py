@@ -92,11 +92,6 @@ class Measured:
         return 100 * (self.planned_gib / self.peak_gib - 1)
 
     @property
-    def superseded(self) -> str:
-        """What has replaced the code that was measured; empty: nothing that matters to memory."""
-        return str(self.row.get("superseded", ""))
-
-    @property
     def setting(self) -> str:
         """What else a reader must know of it."""
         parts = ["GRPO"] if self.row.get("rollout") else []
@@ -179,16 +174,13 @@ def error_table(measured: Sequence[Measured]) -> str:
             f"{row.pack.total_patches:,}",
             f"{row.peak_gib:.2f}",
             f"{row.planned_gib:.2f}",
-            "–" if row.superseded else f"{row.error_percent:+.1f}%",
+            f"{row.error_percent:+.1f}%",
             row.row.get("measured_at", "")[:10],
         ]
         for row in measured
     ]
     heads = ["model", "method", "activations", "setting", "tokens", "patches", "measured GiB", "planned GiB", "error", "date"]
-    replaced = [f"- {row.model}, {row.method}: {row.superseded}.\n" for row in measured if row.superseded]
-    if not replaced:
-        return table(heads, lines)
-    return table(heads, lines) + "\nWithout an error, since the code that was measured is replaced:\n\n" + "".join(dict.fromkeys(replaced))
+    return table(heads, lines)
 
 
 def cap_table(measured: Sequence[Measured]) -> str:
@@ -228,7 +220,6 @@ def reach_table(folder: Path = RESULTS) -> str:
 
 def summary(measured: Sequence[Measured]) -> str:
     """The errors against what is to be reached."""
-    measured = [row for row in measured if not row.superseded]
     if not measured:
         return "Nothing is measured yet.\n"
     errors = [row.error_percent for row in measured]
@@ -318,7 +309,7 @@ def draw(measured: Sequence[Measured], path: Path) -> None:
     axes.fill_between([0, most], [0, most * (1 - under / 100)], [0, most * (1 + over / 100)], color="#dfe7ef", label="to be reached")
     axes.plot([0, most], [0, most], color="#9aa5b1", linewidth=1)
     for method in dict.fromkeys(row.method for row in measured):
-        chosen = [row for row in measured if row.method == method and not row.superseded]
+        chosen = [row for row in measured if row.method == method]
         axes.scatter([row.peak_gib for row in chosen], [row.planned_gib for row in chosen], s=22, label=method, zorder=3)
     axes.set(xlabel="measured peak, GiB", ylabel="planned peak, GiB", xlim=(0, most), ylim=(0, most))
     axes.legend(frameon=False, fontsize=8)

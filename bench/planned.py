@@ -79,13 +79,12 @@ def planned(row: Mapping[str, Any], checkpoint: str | Path | None = None) -> dic
 
 
 def error_percent(row: Mapping[str, Any]) -> float | None:
-    """Plan over measurement, in percent: above 0 where more is planned than was needed. None: one of them is missing, or the row
-    says that what it measured has been replaced since (`superseded`).
+    """Plan over measurement, in percent: above 0 where more is planned than was needed. None: one of them is missing.
 
     The plan is the present planner's, made anew from the row; what it said as the row was measured stands in the row.
     """
     measured = row.get("peak_allocated_gib")
-    if not measured or row.get("superseded"):
+    if not measured:
         return None
     said = planned(row).get("peak_allocated_gib")
     return None if said is None else 100 * (said / measured - 1)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.machine import provenance
@@ -31,6 +32,23 @@ def failed(row: Mapping[str, Any], error: BaseException | str) -> Row:
         lines = str(error).strip().splitlines()
         error = f"{type(error).__name__}: {lines[0] if lines else ''}"
     return {**row, "failed": True, "reason": error[:400]}
+
+
+def part(row: Row, measure: Callable[[], Row], *, stop_at: float, notes: Sequence[str]) -> Row:
+    """The row of one part of a script; what fails is a row too, and the others go on.
+
+    Args:
+        stop_at: of `time.monotonic`; nothing begins after it.
+        notes: of the program, as they are when the part is over.
+    """
+    if time.monotonic() > stop_at:
+        return failed(row, "not measured: the time of this script was used up")
+    begun = time.monotonic()
+    try:
+        row = {**row, **measure(), "notes": list(notes)}
+    except Exception as error:
+        row = failed(row, error)
+    return {**row, "part_s": round(time.monotonic() - begun, 1)}
 
 
 def parse(line: str) -> Row | None:

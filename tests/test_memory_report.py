@@ -70,16 +70,6 @@ def test_draws(tmp_path: Path) -> None:
     assert "measured peak, GiB" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
 
 
-def test_what_was_replaced_has_no_error(tmp_path: Path) -> None:
-    write(tmp_path, ROW, {**ROW, "peak_allocated_gib": 60.0, "superseded": "measured before some change"})
-    measured = memory_report.read_rows(tmp_path)
-    assert "| configurations measured | at least 24 | 1 | missed |" in memory_report.summary(measured)
-    replaced = memory_report.error_table(measured).splitlines()
-    assert (
-        "| 60.00 |" in replaced[3] and "| – |" in replaced[3] and replaced[-1] == "- Qwen3-VL-8B, LoRA, bf16: measured before some change."
-    )
-
-
 def test_capped_runs_and_what_is_to_be_reached(tmp_path: Path) -> None:
     capped = {**ROW, "name": "30b-a3b-least", "model": "qwen3-vl-30b-a3b", "cap_gib": 20.0, "peak_reserved_gib": 20.5, "out_of_memory": 1}
     write(tmp_path, ROW, {**capped, "label": "30b-a3b"})

@@ -33,7 +33,7 @@ def plan(*overrides: str, policy: Policy = "full", sizes: RunSizes = RUN, compil
 
 
 class TestAgainstMeasurement:
-    @pytest.mark.parametrize("row", [row for row in read_rows() if not row.superseded], ids=lambda row: row.row["name"])
+    @pytest.mark.parametrize("row", read_rows(), ids=lambda row: row.row["name"])
     def test_peak(self, row: Measured) -> None:
         _, under, over = REACH
         assert -under <= row.error_percent <= over

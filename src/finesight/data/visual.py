@@ -35,10 +35,6 @@ class Measured:
     def is_video(self) -> bool:
         return self.part.type == "video"
 
-    @property
-    def has_fixed_size(self) -> bool:
-        return self.part.resized_height is not None
-
     def size(self, cap_tokens: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels after resizing.
 

@@ -37,10 +37,6 @@ class CacheFigures:
     disk_bytes: int = 0
     refused: int = 0  # computed, but past the budget and not kept
 
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / max(1, self.hits + self.misses)
-
 
 def tower_fingerprint(visual: nn.Module, pixels: Sequence[object] = ()) -> str:
     """Identity of everything that features depend on besides the pixels of an item.

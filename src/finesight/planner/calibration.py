@@ -16,8 +16,6 @@ WORKSPACE_BYTES = int(0.076 * GIB)
 CONTEXT_BYTES = int(0.55 * GIB)
 # Reserved by torch's allocator beyond what is allocated at the peak, with expandable segments.
 SLACK_SHARE = 0.04
-# Without them blocks of one size cannot serve another: H200, packs of changing sizes: 34% under selective, 5 to 12% under full and offload.
-SLACK_SHARE_FIXED_SEGMENTS = 0.15
 
 # Packs are moved ahead: beside the one that computes, the next one of its step lies on the device.
 PACKS_AHEAD = 1

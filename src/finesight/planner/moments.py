@@ -8,7 +8,7 @@ from typing import Literal
 from finesight.planner import calibration as measured
 from finesight.planner.activations import Execution
 from finesight.planner.shapes import ModelShape
-from finesight.planner.sizes import PackSizes, RunSizes, largest
+from finesight.planner.sizes import RunSizes
 from finesight.planner.weights import Precision
 from finesight.recipe import Recipe
 
@@ -70,8 +70,3 @@ class MemoryPlan:
 
     def fits(self, available_bytes: int) -> bool:
         return self.needed_bytes <= available_bytes
-
-
-def plan_of_largest(plan: MemoryPlan) -> PackSizes:
-    """A pack that needs as much as any of a plan's: what a probe runs."""
-    return largest(plan.sizes.packs)

@@ -263,12 +263,7 @@ def _vllm(wanted: Wanted, data: DataSettings, version: Version) -> EngineCommand
             notes.append(f"vLLM {_dotted(version)} would see videos at the limits of images: videos are off.")
     frames = {"fps": data.fps, "num_frames": data.max_frames} if wanted.adapters and items.get("video") != 0 else {}
     options: dict[str, Any] = {
-        "host": limits.host,
-        "port": limits.port,
-        "served-model-name": wanted.name,
-        "revision": model.revision,
-        "dtype": model.dtype,
-        "quantization": "bitsandbytes" if model.load_in_4bit else "fp8" if model.load_in_fp8 else None,
+        **_common_options(wanted),
         "tensor-parallel-size": wanted.tensor_parallel_size,
         "max-model-len": limits.max_length_tokens,
         "max-num-seqs": limits.batch_size,
@@ -285,6 +280,19 @@ def _vllm(wanted: Wanted, data: DataSettings, version: Version) -> EngineCommand
     if model.hub == "modelscope":
         environment["VLLM_USE_MODELSCOPE"] = "True"
     return EngineCommand(tuple(arguments), environment, tuple(notes))
+
+
+def _common_options(wanted: Wanted) -> dict[str, Any]:
+    """What both engines call by the same names."""
+    limits, model = wanted.limits, wanted.model
+    return {
+        "host": limits.host,
+        "port": limits.port,
+        "served-model-name": wanted.name,
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "quantization": "bitsandbytes" if model.load_in_4bit else "fp8" if model.load_in_fp8 else None,
+    }
 
 
 def _vllm_adapters(adapters: Sequence[AdapterFacts], version: Version) -> list[str]:
@@ -343,12 +351,7 @@ def _sglang(wanted: Wanted, data: DataSettings, version: Version) -> EngineComma
     process = ({"image": {"size": images}} if images else {}) | ({"video": videos} if videos else {})
     options: dict[str, Any] = {
         "model-path": model.name_or_path,
-        "host": limits.host,
-        "port": limits.port,
-        "served-model-name": wanted.name,
-        "revision": model.revision,
-        "dtype": model.dtype,
-        "quantization": "bitsandbytes" if model.load_in_4bit else "fp8" if model.load_in_fp8 else None,
+        **_common_options(wanted),
         "tp-size": wanted.tensor_parallel_size,
         "context-length": limits.max_length_tokens,
         "max-running-requests": limits.batch_size,
