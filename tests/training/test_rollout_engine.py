@@ -127,6 +127,21 @@ def builtin_run(recipe, algorithm=None, shift: float = 0.0):
     return session.run()
 
 
+def test_a_share_of_the_prompts_is_answered_as_in_the_whole(recipe_of):
+    """As each of several processes asks for its share."""
+    session = session_of(recipe_of())
+    engine, samples = session.engine, list(session.prepared.samples[:3])
+    settings = SamplingSettings(8, 1.0, num_generations=2, seed=3)
+    try:
+        engine.refresh(0)
+        whole = engine.generate_samples(samples, settings)
+        share = engine.generate_samples(samples[1:], replace(settings, first_place=1))
+    finally:
+        engine.close()
+    assert len({completion.token_ids for completion in whole}) > 1
+    assert [completion.token_ids for completion in share] == [completion.token_ids for completion in whole[2:]]
+
+
 @pytest.mark.parametrize("rollout", [{}, {"temperature": 0.8, "top_k": 40}], ids=["plain", "narrowed"])
 def test_a_run_is_the_one_that_the_model_itself_samples(recipe_of, server, rollout):
     """Completions, losses, gradients and the adapter at the end; the adapter changes at the server with every update."""
