@@ -16,6 +16,7 @@ Imported only where there is a GPU, since Triton is.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,13 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from finesight.models.decoding import Bundles
+    from finesight.models.decoding import Parts
 
-# Most parts that a prompt, and what a row has alone, are divided into; and the fewest tokens worth a part.
-_PROMPT_PARTS = 8
-_OWN_PARTS = 2
-_LEAST_TOKENS = 256
-_PROGRAMS_PER_PROCESSOR = 2
+# How many programs a processor runs at once, the tokens of a tile and the loads in flight, and the warps of a program: what was fastest
+# on an H200 for the shapes of Qwen3-VL-4B (bench/attend.py).
+_PROGRAMS_PER_PROCESSOR = 4
+_TILE = (32, 3)
+_WARPS = 4
 
 
 def rotate_and_store(
@@ -58,34 +59,30 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     table: torch.Tensor,
-    lengths: torch.Tensor,
-    bundles: Bundles,
+    parts: Parts,
     scale: float,
     block_tokens: int,
 ) -> torch.Tensor:
     """See :func:`finesight.models.decoding.decode_attention`."""
     rows, heads, size = query.shape
-    groups, bundle = keys.shape[1], bundles.members.shape[1]
-    programs = min(rows * groups * (_PROMPT_PARTS + _OWN_PARTS), _PROGRAMS_PER_PROCESSOR * _processors(query.device.index))
+    groups, bundle, most = keys.shape[1], parts.lines.shape[1] - 4, parts.lines.shape[0] // rows
+    programs = min(len(parts.lines) * groups, _PROGRAMS_PER_PROCESSOR * _processors(query.device.index))
     shared = heads // groups
     query = query.contiguous()
-    parts = _PROMPT_PARTS + _OWN_PARTS
-    part_out = torch.empty(rows, heads, parts, size, dtype=torch.float32, device=query.device)
-    part_logsumexp = torch.empty(rows, heads, parts, dtype=torch.float32, device=query.device)
+    part_out = torch.empty(rows, heads, most, size, dtype=torch.float32, device=query.device)
+    part_logsumexp = torch.empty(rows, heads, most, dtype=torch.float32, device=query.device)  # to base 2
     out = torch.empty_like(query)
     size_block = max(16, triton.next_power_of_2(size))  # matrix units want at least 16
-    tokens, stages = (64, 3) if query.dtype.itemsize == 2 else (32, 2)  # what shared memory holds
+    tokens, stages = _TILE if query.dtype.itemsize == 2 else (32, 2)  # what shared memory holds
     _attend_kernel[(programs,)](
-        query, keys, values, table, lengths, bundles.members, bundles.number, bundles.prompt_blocks, part_out, part_logsumexp, scale, rows,
+        query, keys, values, table, parts.lines, parts.number, part_out, part_logsumexp, scale * math.log2(math.e),
         keys.stride(0), keys.stride(1), table.stride(0),
         GROUPS=groups, SHARED=shared, BUNDLE=bundle, QUERIES_BLOCK=max(16, triton.next_power_of_2(shared * bundle)),
-        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tokens, LEAST_TOKENS=_LEAST_TOKENS,
-        PROMPT_PARTS=_PROMPT_PARTS, OWN_PARTS=_OWN_PARTS, num_warps=4, num_stages=stages,
+        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tokens, PARTS=most, num_warps=_WARPS, num_stages=stages,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
-        part_out, part_logsumexp, lengths, bundles.prompt_blocks, out,
-        HEADS=heads, SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tokens, LEAST_TOKENS=_LEAST_TOKENS,
-        PROMPT_PARTS=_PROMPT_PARTS, OWN_PARTS=_OWN_PARTS, PARTS_BLOCK=triton.next_power_of_2(parts), num_warps=1,
+        part_out, part_logsumexp, parts.of_row, out,
+        HEADS=heads, SIZE=size, SIZE_BLOCK=size_block, PARTS=most, PARTS_BLOCK=triton.next_power_of_2(most), num_warps=1,
     )  # fmt: skip
     return out
 
@@ -145,44 +142,29 @@ def _rotated(
 
 @triton.jit
 def _attend_kernel(
-    query, keys, values, table, lengths, members, count, prompt_blocks, part_out, part_logsumexp, scale, rows,
+    query, keys, values, table, lines, number, part_out, part_logsumexp, scale,
     slot_stride, group_stride, table_stride,
     GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, LEAST_TOKENS: tl.constexpr,
-    PROMPT_PARTS: tl.constexpr, OWN_PARTS: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    PARTS: tl.constexpr = PROMPT_PARTS + OWN_PARTS
     place = tl.arange(0, QUERIES_BLOCK)
     channel = tl.arange(0, SIZE_BLOCK)
     token = tl.arange(0, TOKENS)
-    of_prompts = tl.load(count) * (GROUPS * PROMPT_PARTS)
-    # Parts of prompts, which are the longest, come first. Neighbouring programs read neighbouring groups of the same tokens.
-    for item in range(tl.program_id(0), of_prompts + rows * (GROUPS * OWN_PARTS), tl.num_programs(0)):
-        of_prompt = item < of_prompts
-        within = tl.where(of_prompt, item, item - of_prompts)
-        group = within % GROUPS
-        part = (within // GROUPS) % tl.where(of_prompt, PROMPT_PARTS, OWN_PARTS)
-        line = within // (GROUPS * tl.where(of_prompt, PROMPT_PARTS, OWN_PARTS))  # a bundle, or a row
-        # Queries: those of a whole bundle, or of the row.
-        together = tl.load(members + line * BUNDLE + place // SHARED, mask=of_prompt & (place < SHARED * BUNDLE), other=-1)
-        member = tl.where(of_prompt, together, tl.where(place < SHARED, line, -1))
-        row = tl.where(of_prompt, tl.max(member, axis=0), line)  # whose table is read: the members of a bundle agree on their prompt
-        common = tl.load(prompt_blocks + row) * BLOCK
-        begin = tl.where(of_prompt, 0, common)
-        end = tl.where(of_prompt, common, tl.load(lengths + row))
-        each = _tokens_of_a_part(end - begin, tl.where(of_prompt, PROMPT_PARTS, OWN_PARTS), LEAST_TOKENS, TOKENS)
-        first = begin + part * each
-        last = tl.minimum(first + each, end)
-        owner = member * (GROUPS * SHARED) + group * SHARED + place % SHARED
-        number = tl.where(of_prompt, part, PROMPT_PARTS + part)
+    # Neighbouring programs read neighbouring groups of the same tokens.
+    for item in range(tl.program_id(0), tl.load(number) * GROUPS, tl.num_programs(0)):
+        line, group = lines + (item // GROUPS) * (4 + BUNDLE), item % GROUPS
+        row, first, last, part = tl.load(line).to(tl.int64), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+        member = tl.load(line + 4 + place // SHARED, mask=place < SHARED * BUNDLE, other=-1)
+        # Blocks are looked up one tile ahead: as part of the same tile, they would keep its keys and values from being read ahead.
+        blocks = table + row * table_stride
+        block = tl.load(blocks + (first + token) // BLOCK, mask=first + token < last, other=0)
+        owner = member.to(tl.int64) * (GROUPS * SHARED) + group * SHARED + place % SHARED
         asking = member >= 0
-        wanted = (asking & (last > first))[:, None] & (channel < SIZE)[None, :]
+        wanted = asking[:, None] & (channel < SIZE)[None, :]
         asked = tl.load(query + owner[:, None] * SIZE + channel[None, :], mask=wanted, other=0.0)
         largest = tl.full((QUERIES_BLOCK,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((QUERIES_BLOCK,), dtype=tl.float32)
         mixed = tl.zeros((QUERIES_BLOCK, SIZE_BLOCK), dtype=tl.float32)
-        # Blocks are looked up one tile ahead: as part of the same tile, they would keep its keys and values from being read ahead.
-        block = tl.load(table + row * table_stride + (first + token) // BLOCK, mask=first + token < last, other=0)
         for start in range(first, last, TOKENS):
             inside = start + token < last
             slots = (block * BLOCK + (start + token) % BLOCK)[:, None] * slot_stride + group * group_stride + channel[None, :]
@@ -190,43 +172,30 @@ def _attend_kernel(
             some_keys = tl.load(keys + slots, mask=present, other=0.0)
             some_values = tl.load(values + slots, mask=present, other=0.0)
             ahead = start + TOKENS + token
-            block = tl.load(table + row * table_stride + ahead // BLOCK, mask=ahead < last, other=0)
+            block = tl.load(blocks + ahead // BLOCK, mask=ahead < last, other=0)
             scores = tl.dot(asked, tl.trans(some_keys).to(asked.dtype), input_precision="ieee") * scale
             scores = tl.where(inside[None, :], scores, float("-inf"))
             larger = tl.maximum(largest, tl.max(scores, axis=1))  # finite: the first token of a tile is inside
-            weights = tl.exp(scores - larger[:, None])
-            shrunk = tl.exp(largest - larger)
+            weights = tl.exp2(scores - larger[:, None])
+            shrunk = tl.exp2(largest - larger)
             total = total * shrunk + tl.sum(weights, axis=1)
             mixed = mixed * shrunk[:, None] + tl.dot(weights.to(asked.dtype), some_values.to(asked.dtype), input_precision="ieee")
             largest = larger
-        tl.store(part_out + (owner[:, None] * PARTS + number) * SIZE + channel[None, :], mixed / total[:, None], mask=wanted)
-        tl.store(part_logsumexp + owner * PARTS + number, largest + tl.log(total), mask=asking & (last > first))
-
-
-@triton.jit
-def _tokens_of_a_part(tokens, most_parts, LEAST_TOKENS: tl.constexpr, TOKENS: tl.constexpr):
-    return tl.cdiv(tl.maximum(tl.cdiv(tokens, most_parts), LEAST_TOKENS), TOKENS) * TOKENS
+        tl.store(part_out + (owner[:, None] * PARTS + part) * SIZE + channel[None, :], mixed / total[:, None], mask=wanted)
+        tl.store(part_logsumexp + owner * PARTS + part, largest + tl.log2(total), mask=asking)
 
 
 @triton.jit
 def _join_kernel(
-    part_out, part_logsumexp, lengths, prompt_blocks, out,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, LEAST_TOKENS: tl.constexpr,
-    PROMPT_PARTS: tl.constexpr, OWN_PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    part_out, part_logsumexp, of_row, out,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    PARTS: tl.constexpr = PROMPT_PARTS + OWN_PARTS
     owner = tl.program_id(0)
-    row = owner // HEADS
     part = tl.arange(0, PARTS_BLOCK)
     channel = tl.arange(0, SIZE_BLOCK)
-    common = tl.load(prompt_blocks + row) * BLOCK
-    own = tl.load(lengths + row) - common
-    # Nothing was written of parts without tokens.
-    of_prompt = part * _tokens_of_a_part(common, PROMPT_PARTS, LEAST_TOKENS, TOKENS) < common
-    of_row = (part - PROMPT_PARTS) * _tokens_of_a_part(own, OWN_PARTS, LEAST_TOKENS, TOKENS) < own
-    there = tl.where(part < PROMPT_PARTS, of_prompt, of_row) & (part < PARTS)
+    there = part < tl.load(of_row + owner // HEADS)
     logsumexp = tl.load(part_logsumexp + owner * PARTS + part, mask=there, other=float("-inf"))
-    weights = tl.exp(logsumexp - tl.max(logsumexp, axis=0))
+    weights = tl.exp2(logsumexp - tl.max(logsumexp, axis=0))
     weights = weights / tl.sum(weights, axis=0)
     wanted = there[:, None] & (channel < SIZE)[None, :]
     some = tl.load(part_out + (owner * PARTS + part)[:, None] * SIZE + channel[None, :], mask=wanted, other=0.0)
