@@ -40,7 +40,7 @@ from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import keep_compiled_code
-from finesight.models.decoding import BLOCK_TOKENS, block_bytes, bundles_of, decode_attention
+from finesight.models.decoding import BLOCK_TOKENS, block_bytes, decode_attention, divide_attention
 from finesight.models.packed import PackedModel
 from finesight.recipe import Recipe
 from finesight.recipe_files import load_recipe
@@ -248,9 +248,9 @@ class DecodeBench:
         inputs = {m.in_features: torch.randn(count, m.in_features, **like) for m in (*linears, packed.base.lm_head)}
 
         def attention() -> None:
-            bundles = bundles_of(rows.table, rows.prompt_blocks)
+            parts = divide_attention(rows.table, rows.prompt_blocks, rows.lengths)
             for keys, values in zip(engine.pool.keys, engine.pool.values, strict=True):
-                decode_attention(query, keys, values, rows.table, rows.lengths, bundles, text.layers[0].self_attn.scaling)
+                decode_attention(query, keys, values, rows.table, rows.lengths, parts, text.layers[0].self_attn.scaling)
 
         def products() -> None:
             for linear in (*linears, packed.base.lm_head):

@@ -10,7 +10,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from finesight.data.batch import PackedBatch
 from finesight.errors import ModelError
-from finesight.models.compilation import CompiledFunction
 from finesight.models.experts import wait_for_offsets
 from finesight.models.packed import DECODING, PackedModel, rotate
 
@@ -107,7 +106,7 @@ class Parts(NamedTuple):
     of_row: torch.Tensor  # (B,) int32: how many parts a row has
 
 
-def divide_attention(table: torch.Tensor, prompt_blocks: torch.Tensor, lengths: torch.Tensor) -> Parts:
+def divide_attention(table: torch.Tensor, prompt_blocks: torch.Tensor, lengths: torch.Tensor, part_tokens: int = PART_TOKENS) -> Parts:
     """Parts of rows, of which those whose tables begin with the same block go on from the same prompt.
 
     How a row's tokens are divided depends on its own lengths alone, so that what a row gets does not change with its
@@ -117,11 +116,12 @@ def divide_attention(table: torch.Tensor, prompt_blocks: torch.Tensor, lengths: 
         table: (B, M) int64. A block at its front that is shared belongs to one prompt alone.
         prompt_blocks: (B,) int64: blocks at the front that hold nothing but the prompt; rows with 0 are in no bundle.
         lengths: (B,) int64: tokens that a row attends to.
+        part_tokens: the fewest tokens worth a part.
     """
     rows, part = torch.arange(len(table), device=table.device), torch.arange(MOST_PARTS, device=table.device)
     members = _bundles(table, prompt_blocks)
     common = prompt_blocks * BLOCK_TOKENS
-    each, own_each = (_tokens_of_a_part(tokens) for tokens in (common, lengths - common))
+    each, own_each = (_tokens_of_a_part(tokens, part_tokens) for tokens in (common, lengths - common))
     prompt_parts, own_parts = (common + each - 1) // each, (lengths - common + own_each - 1) // own_each
     begin = part * each[:, None]  # (B, P), as the rest
     own_begin = common[:, None] + part * own_each[:, None]
@@ -154,9 +154,9 @@ def _bundles(table: torch.Tensor, prompt_blocks: torch.Tensor) -> torch.Tensor:
     return members[:-1]
 
 
-def _tokens_of_a_part(tokens: torch.Tensor) -> torch.Tensor:
-    """Of parts about as long as each other, at least PART_TOKENS but for a rest; whole blocks, so that a part begins with one."""
-    parts = (tokens // PART_TOKENS).clamp(1, MOST_PARTS)
+def _tokens_of_a_part(tokens: torch.Tensor, fewest: int) -> torch.Tensor:
+    """Of parts about as long as each other; whole blocks, so that a part begins with one."""
+    parts = (tokens // fewest).clamp(1, MOST_PARTS)
     return (-(-tokens // (parts * BLOCK_TOKENS))).clamp(min=1) * BLOCK_TOKENS
 
 
@@ -174,8 +174,8 @@ class Decoder:
         self, packed: PackedModel, pool: KeyValuePool, *, compile_layers: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.packed, self.pool = packed, pool
-        self._begin, self._between, self._end = packed.compiled_for_decoding(say) if compile_layers else DECODING
-        self._divide = CompiledFunction(divide_attention, say, what="The division of attention") if compile_layers else divide_attention
+        functions: Sequence[Callable[..., Any]] = (*DECODING, divide_attention)
+        self._begin, self._between, self._end, self._divide = packed.compiled_for_decoding(functions, say) if compile_layers else functions
 
     @property
     def can_be_captured(self) -> bool:
@@ -214,7 +214,7 @@ class Decoder:
         cos, sin = self.packed.rotary(positions.expand(3, -1), hidden)
         slots = table.gather(1, (lengths // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + lengths % BLOCK_TOKENS
         seen = lengths + 1
-        parts = self._divide(table, prompt_blocks, seen)
+        parts = self._divide(table, prompt_blocks, seen) if self.packed.device.type == "cuda" else None
         query, key, value = self._begin(text.layers[0], hidden)
         for index, layer in enumerate(text.layers):
             attention, keys, values = layer.self_attn, self.pool.keys[index], self.pool.values[index]
@@ -261,7 +261,7 @@ def decode_attention(
     values: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
-    parts: Parts,
+    parts: Parts | None,
     scale: float,
 ) -> torch.Tensor:
     """Attention of one query a row to the first `lengths` tokens of its blocks.
@@ -270,12 +270,12 @@ def decode_attention(
         query: (B, H, d).
         keys, values: (slots, G, d) of one layer; G divides H.
         table: (B, M) int64; lengths: (B,) int64, at least 1.
-        parts: of these rows and lengths (:func:`divide_attention`).
+        parts: of these rows and lengths (:func:`divide_attention`), for the kernels of a GPU; None: without them.
 
     Returns:
         (B, H, d).
     """
-    if query.is_cuda:
+    if parts is not None:
         from finesight.models import decoding_kernels
 
         return decoding_kernels.decode_attention(query, keys, values, table, parts, scale, BLOCK_TOKENS)

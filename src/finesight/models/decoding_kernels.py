@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -27,11 +27,19 @@ import triton.language as tl
 if TYPE_CHECKING:
     from finesight.models.decoding import Parts
 
-# How many programs a processor runs at once, the tokens of a tile and the loads in flight, and the warps of a program: what was fastest
-# on an H200 for the shapes of Qwen3-VL-4B (bench/attend.py).
-_PROGRAMS_PER_PROCESSOR = 4
-_TILE = (32, 3)
-_WARPS = 4
+
+class AttentionTiles(NamedTuple):
+    """How a launch of attention is laid out."""
+
+    programs: int  # for each processor
+    tokens: int  # of a tile
+    stages: int  # tiles that are read at once
+    warps: int  # of a program
+
+
+# The fastest of those measured for Qwen3-VL-4B on an H200 (bench/attend.py); and what shared memory holds of float32.
+_TILES = AttentionTiles(4, 32, 3, 4)
+_WIDE_TILES = AttentionTiles(2, 32, 2, 4)
 
 
 def rotate_and_store(
@@ -62,23 +70,28 @@ def decode_attention(
     parts: Parts,
     scale: float,
     block_tokens: int,
+    tiles: AttentionTiles | None = None,
 ) -> torch.Tensor:
-    """See :func:`finesight.models.decoding.decode_attention`."""
+    """See :func:`finesight.models.decoding.decode_attention`.
+
+    Args:
+        tiles: others than those in use, to compare.
+    """
     rows, heads, size = query.shape
     groups, bundle, most = keys.shape[1], parts.lines.shape[1] - 4, parts.lines.shape[0] // rows
-    programs = min(len(parts.lines) * groups, _PROGRAMS_PER_PROCESSOR * _processors(query.device.index))
+    tiles = tiles or (_TILES if query.dtype.itemsize == 2 else _WIDE_TILES)
+    programs = min(len(parts.lines) * groups, tiles.programs * _processors(query.device.index))
     shared = heads // groups
     query = query.contiguous()
     part_out = torch.empty(rows, heads, most, size, dtype=torch.float32, device=query.device)
     part_logsumexp = torch.empty(rows, heads, most, dtype=torch.float32, device=query.device)  # to base 2
     out = torch.empty_like(query)
     size_block = max(16, triton.next_power_of_2(size))  # matrix units want at least 16
-    tokens, stages = _TILE if query.dtype.itemsize == 2 else (32, 2)  # what shared memory holds
     _attend_kernel[(programs,)](
         query, keys, values, table, parts.lines, parts.number, part_out, part_logsumexp, scale * math.log2(math.e),
         keys.stride(0), keys.stride(1), table.stride(0),
         GROUPS=groups, SHARED=shared, BUNDLE=bundle, QUERIES_BLOCK=max(16, triton.next_power_of_2(shared * bundle)),
-        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tokens, PARTS=most, num_warps=_WARPS, num_stages=stages,
+        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tiles.tokens, PARTS=most, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
         part_out, part_logsumexp, parts.of_row, out,

@@ -7,7 +7,7 @@ computes passes through :meth:`PackedModel.forward`, so that DDP, FSDP2 and comp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,7 @@ class PackedModel(nn.Module):
         self._blank: tuple[torch.Tensor, TowerLayout] | None = None  # its patches and their layout, once needed
         self._offload = Offload()
         self._run_layer, self._run_last, self._run_block = self._layer_functions(compile_layers, mlp_chunk_tokens, say)
-        self._decoding: tuple[_Many, _Many, _Many] | None = None
+        self._decoding: Sequence[_Many] | None = None
 
     def _layer_functions(self, compiled: bool, mlp_chunk_tokens: int | None, say: Callable[[str], None]) -> tuple[_Function, ...]:
         """How a decoder layer, the last of them (never compiled: its shapes differ) and a tower block are computed."""
@@ -104,17 +104,17 @@ class PackedModel(nn.Module):
         run = partial(_run_halves, prepared(run_layer), mix, mlp)
         return run, partial(_run_halves, run_layer, run_attention, last_mlp), prepared(run_block)
 
-    def compiled_for_decoding(self, say: Callable[[str], None]) -> tuple[_Many, _Many, _Many]:
-        """:func:`projections`, :func:`next_projections` and :func:`finish_layer`, compiled; the same at each call, so that every decoder
-        of a run finds what the first one compiled, or that it could not be.
+    def compiled_for_decoding(self, functions: Sequence[_Many], say: Callable[[str], None]) -> Sequence[_Many]:
+        """Functions of a decoding step, compiled; the same at each call, so that every decoder of a run finds what the first one
+        compiled, or that it could not be.
 
         Args:
-            say: is told, once, if it cannot be.
+            functions: the same at each call.
+            say: is told, once, if one cannot be compiled.
         """
         if self._decoding is None:
-            begin, between, end = DECODING
             say = _once(say)
-            self._decoding = CompiledFunction(begin, say), CompiledFunction(between, say), CompiledFunction(end, say)
+            self._decoding = [CompiledFunction(function, say) for function in functions]
         return self._decoding
 
     def add_unit(self, unit: ShardedUnit) -> None:
