@@ -248,7 +248,7 @@ class DecodeBench:
         inputs = {m.in_features: torch.randn(count, m.in_features, **like) for m in (*linears, packed.base.lm_head)}
 
         def attention() -> None:
-            parts = divide_attention(rows.table, rows.prompt_blocks, rows.lengths)
+            parts = divide_attention(rows.table, rows.prompt_blocks, rows.lengths) if query.is_cuda else None
             for keys, values in zip(engine.pool.keys, engine.pool.values, strict=True):
                 decode_attention(query, keys, values, rows.table, rows.lengths, parts, text.layers[0].self_attn.scaling)
 
