@@ -4,7 +4,7 @@
 
 Rows in groups of one prompt each, as in a rollout halfway; all layers in turn, each with keys and values of its own, as a CUDA graph.
 Bytes: those of a prompt that rows have in common once, as they are stored. Names are divisions: the fewest tokens of a part, then
-programs for each processor, tokens of a tile, tiles read at once, warps of a program; the first is in use.
+programs for each processor, tokens of a tile, tiles read at once, warps of a program, registers of a thread; the first is in use.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ from bench import models
 from bench.decode import StepGraph, live_tokens
 from bench.rows import Row, emit, failed, significant
 from bench.workload import GroupSetting
+from finesight.models.compilation import CompiledFunction
 from finesight.models.decoding import BLOCK_TOKENS, MOST_PARTS, PART_TOKENS, KeyValuePool, Parts, decode_attention, divide_attention
 from finesight.sampling.requests import blocks_for
 
-# Tokens of a part; programs, tokens of a tile, stages, warps.
+# Tokens of a part; programs, tokens of a tile, stages, warps, registers.
 PART_LENGTHS = (PART_TOKENS, 128)
 TILES = (
-    (3, 32, 3, 4),
-    (4, 32, 2, 4),
-    (3, 64, 2, 4),
-    (2, 64, 3, 4),
-    (5, 32, 3, 2),
-    (4, 32, 4, 2),
-    (5, 64, 2, 2),
-    (2, 64, 3, 8),
-    (8, 16, 4, 2),
-    (8, 16, 4, 1),
+    (3, 32, 4, 4, 168),
+    (4, 32, 2, 4, 128),
+    (5, 32, 2, 4, 96),
+    (2, 64, 2, 4, 255),
+    (2, 64, 3, 4, 255),
+    (2, 64, 2, 8, 128),
+    (1, 128, 2, 8, 255),
+    (4, 32, 3, 2, 255),
 )
 
 
@@ -85,7 +84,13 @@ def measured(attention: Attention, stop_at: float) -> Iterator[Row]:
     """Of each form."""
     expected = attention.layer(0, attention.divided(PART_TOKENS)).float()
     layers = len(attention.pool.keys)
-    yield {"form": "division alone", "us": significant(1e6 * StepGraph(lambda: attention.divided(PART_TOKENS), "cuda").seconds(), 3)}
+    compiled = CompiledFunction(divide_attention, print)
+    dividing = {
+        "division": lambda: attention.divided(PART_TOKENS),
+        "division, compiled": lambda: compiled(attention.table, attention.prompt_blocks, attention.lengths),
+    }
+    for form, function in dividing.items():
+        yield {"form": form, "us": significant(1e6 * StepGraph(function, "cuda").seconds(), 3)}
     for tiles in (None, *TILES):
         for part_tokens in PART_LENGTHS:
             if time.monotonic() > stop_at:

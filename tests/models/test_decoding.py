@@ -24,14 +24,14 @@ def parts_found(table: torch.Tensor, prompt_blocks: list[int], lengths: list[int
     """Rows, first token, the one after the last, and number of each part."""
     parts = divide_attention(table, torch.tensor(prompt_blocks), torch.tensor(lengths))
     lines = parts.lines[: int(parts.number)].tolist()
-    found = [([row for row in rows if row >= 0], first, last, number) for _, first, last, number, *rows in lines]
+    found = [([row for row in rows if row >= 0], first, last, number) for _, first, last, number, _, *rows in lines]
     for row in range(len(table)):
         mine = sorted((first, last, number) for rows, first, last, number in found if row in rows)
         # Each of a row's tokens is in one part, and the parts are numbered in order.
         assert [first for first, *_ in mine] + [lengths[row]] == [0, *(last for _, last, _ in mine)]
         assert [number for *_, number in mine] == list(range(int(parts.of_row[row])))
     for line in lines:  # every row of a part reads the same blocks
-        mine = [table[row, line[1] // BLOCK_TOKENS : -(-line[2] // BLOCK_TOKENS)].tolist() for row in (line[0], *line[4:]) if row >= 0]
+        mine = [table[row, line[1] // BLOCK_TOKENS : -(-line[2] // BLOCK_TOKENS)].tolist() for row in (line[0], *line[5:]) if row >= 0]
         assert all(blocks == mine[0] for blocks in mine)
     return found
 

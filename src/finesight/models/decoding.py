@@ -28,6 +28,7 @@ BUNDLE_ROWS = 8
 # Most parts that the tokens of a prompt, and those of a row alone, are divided into; and the fewest tokens worth a part.
 MOST_PARTS = 8
 PART_TOKENS = 256
+PART_FIELDS = 5  # of a part besides its rows
 # Rows that are not in use write and read here.
 IDLE_BLOCK = 0
 
@@ -100,8 +101,9 @@ class Parts(NamedTuple):
     What rows of one prompt have in common is read once for all rows of a bundle; what a row has alone is read for it.
     """
 
-    lines: torch.Tensor  # (L, 4 + R) int32: the row whose table is read, the first token, the one after the last, the part's number among
-    # those of its rows, and its rows, -1 in places that are left; parts of prompts come first
+    # (L, PART_FIELDS + R) int32: the row whose table is read, the first token, the one after the last, the part's number among those of its
+    # rows, whether it is of a prompt, and its rows, -1 in places that are left. Parts of prompts come first.
+    lines: torch.Tensor
     number: torch.Tensor  # () int64: lines that are in use; the others come last
     of_row: torch.Tensor  # (B,) int32: how many parts a row has
 
@@ -127,13 +129,13 @@ def divide_attention(table: torch.Tensor, prompt_blocks: torch.Tensor, lengths: 
     own_begin = common[:, None] + part * own_each[:, None]
     alone = F.pad(rows[:, None], (0, BUNDLE_ROWS - 1), value=-1)
 
-    def lines(first: torch.Tensor, last: torch.Tensor, number: torch.Tensor, whose: torch.Tensor) -> torch.Tensor:
-        fields = [rows[:, None].expand_as(first), first, last, number.expand_as(first)]
+    def lines(first: torch.Tensor, last: torch.Tensor, number: torch.Tensor, whose: torch.Tensor, *, of_prompt: bool) -> torch.Tensor:
+        fields = [rows[:, None].expand_as(first), first, last, number.expand_as(first), torch.full_like(first, of_prompt)]
         return torch.cat([torch.stack(fields, dim=-1), whose[:, None].expand(-1, MOST_PARTS, -1)], dim=-1).flatten(0, 1)
 
     every = torch.cat([
-        lines(begin, torch.minimum(begin + each[:, None], common[:, None]), part, members),
-        lines(own_begin, torch.minimum(own_begin + own_each[:, None], lengths[:, None]), prompt_parts[:, None] + part, alone),
+        lines(begin, torch.minimum(begin + each[:, None], common[:, None]), part, members, of_prompt=True),
+        lines(own_begin, torch.minimum(own_begin + own_each[:, None], lengths[:, None]), prompt_parts[:, None] + part, alone, of_prompt=False),
     ]).to(torch.int32)  # fmt: skip
     leads = members[:, 0] >= 0
     used = torch.cat([(leads[:, None] & (part < prompt_parts[:, None])).flatten(), (part < own_parts[:, None]).flatten()])

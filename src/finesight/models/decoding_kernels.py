@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from finesight.models.decoding import Parts
+from finesight.models.decoding import PART_FIELDS, Parts
 
 
 class AttentionTiles(NamedTuple):
@@ -35,11 +34,12 @@ class AttentionTiles(NamedTuple):
     tokens: int  # of a tile
     stages: int  # tiles that are read at once
     warps: int  # of a program
+    registers: int  # of a thread
 
 
 # The fastest of those measured for Qwen3-VL-4B on an H200 (bench/attend.py); and what shared memory holds of float32.
-_TILES = AttentionTiles(4, 32, 3, 4)
-_WIDE_TILES = AttentionTiles(2, 32, 2, 4)
+_TILES = AttentionTiles(4, 32, 3, 4, 128)
+_WIDE_TILES = AttentionTiles(2, 32, 2, 4, 255)
 
 
 def rotate_and_store(
@@ -78,7 +78,7 @@ def decode_attention(
         tiles: others than those in use, to compare.
     """
     rows, heads, size = query.shape
-    groups, bundle, most = keys.shape[1], parts.lines.shape[1] - 4, parts.lines.shape[0] // rows
+    groups, bundle, most = keys.shape[1], parts.lines.shape[1] - PART_FIELDS, parts.lines.shape[0] // rows
     tiles = tiles or (_TILES if query.dtype.itemsize == 2 else _WIDE_TILES)
     programs = min(len(parts.lines) * groups, tiles.programs * _processors(query.device.index))
     shared = heads // groups
@@ -91,7 +91,10 @@ def decode_attention(
         query, keys, values, table, parts.lines, parts.number, part_out, part_logsumexp, scale * math.log2(math.e),
         keys.stride(0), keys.stride(1), table.stride(0),
         GROUPS=groups, SHARED=shared, BUNDLE=bundle, QUERIES_BLOCK=max(16, triton.next_power_of_2(shared * bundle)),
-        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tiles.tokens, PARTS=most, num_warps=tiles.warps, num_stages=tiles.stages,
+        OWN_BLOCK=max(16, triton.next_power_of_2(shared)),
+        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tiles.tokens, PARTS=most, FIELDS=PART_FIELDS,
+        PLACE=tl.int32 if keys.numel() < 2**31 else tl.int64, num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
         part_out, part_logsumexp, parts.of_row, out,
@@ -157,45 +160,82 @@ def _rotated(
 def _attend_kernel(
     query, keys, values, table, lines, number, part_out, part_logsumexp, scale,
     slot_stride, group_stride, table_stride,
-    GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr, OWN_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
 ):  # fmt: skip
+    program, programs, items = tl.program_id(0), tl.num_programs(0), tl.load(number).to(tl.int32) * GROUPS
+    # Neighbouring programs read neighbouring groups of the same tokens. The longest parts come first, and every second round goes
+    # through the programs backwards: who had a long one gets a short one.
+    for begin in range(0, items, programs):
+        item = begin + tl.where(begin // programs % 2 == 0, program, programs - 1 - program)
+        line, group = lines + (item // GROUPS) * (FIELDS + BUNDLE), item % GROUPS
+        of_prompt = tl.load(line + 4, mask=item < items, other=0)
+        if of_prompt:
+            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, BUNDLE, QUERIES_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE)  # fmt: skip
+        elif item < items:
+            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, 1, OWN_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE)  # fmt: skip
+
+
+@triton.jit
+def _attend_part(
+    query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
+):  # fmt: skip
+    """One group of heads of one part, for the queries of a bundle or of a single row.
+
+    Keys, and values, are the left operand of each product, so that queries, of which there are few, lie along the side that
+    matrix units take in eights.
+    """
     place = tl.arange(0, QUERIES_BLOCK)
     channel = tl.arange(0, SIZE_BLOCK)
     token = tl.arange(0, TOKENS)
-    # Neighbouring programs read neighbouring groups of the same tokens.
-    for item in range(tl.program_id(0), tl.load(number) * GROUPS, tl.num_programs(0)):
-        line, group = lines + (item // GROUPS) * (4 + BUNDLE), item % GROUPS
-        row, first, last, part = tl.load(line).to(tl.int64), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
-        member = tl.load(line + 4 + place // SHARED, mask=place < SHARED * BUNDLE, other=-1)
-        # Blocks are looked up one tile ahead: as part of the same tile, they would keep its keys and values from being read ahead.
-        blocks = table + row * table_stride
-        block = tl.load(blocks + (first + token) // BLOCK, mask=first + token < last, other=0)
-        owner = member.to(tl.int64) * (GROUPS * SHARED) + group * SHARED + place % SHARED
-        asking = member >= 0
-        wanted = asking[:, None] & (channel < SIZE)[None, :]
-        asked = tl.load(query + owner[:, None] * SIZE + channel[None, :], mask=wanted, other=0.0)
-        largest = tl.full((QUERIES_BLOCK,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((QUERIES_BLOCK,), dtype=tl.float32)
-        mixed = tl.zeros((QUERIES_BLOCK, SIZE_BLOCK), dtype=tl.float32)
-        for start in range(first, last, TOKENS):
-            inside = start + token < last
-            slots = (block * BLOCK + (start + token) % BLOCK)[:, None] * slot_stride + group * group_stride + channel[None, :]
-            present = inside[:, None] & (channel < SIZE)[None, :]
-            some_keys = tl.load(keys + slots, mask=present, other=0.0)
-            some_values = tl.load(values + slots, mask=present, other=0.0)
-            ahead = start + TOKENS + token
-            block = tl.load(blocks + ahead // BLOCK, mask=ahead < last, other=0)
-            scores = tl.dot(asked, tl.trans(some_keys).to(asked.dtype), input_precision="ieee") * scale
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))  # finite: the first token of a tile is inside
-            weights = tl.exp2(scores - larger[:, None])
-            shrunk = tl.exp2(largest - larger)
-            total = total * shrunk + tl.sum(weights, axis=1)
-            mixed = mixed * shrunk[:, None] + tl.dot(weights.to(asked.dtype), some_values.to(asked.dtype), input_precision="ieee")
-            largest = larger
-        tl.store(part_out + (owner[:, None] * PARTS + part) * SIZE + channel[None, :], mixed / total[:, None], mask=wanted)
-        tl.store(part_logsumexp + owner * PARTS + part, largest + tl.log2(total), mask=asking)
+    row, first, last, part = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    member = tl.load(line + FIELDS + place // SHARED, mask=place < SHARED * BUNDLE, other=-1)
+    # Blocks are looked up one tile ahead: as part of the same tile, they would keep its keys and values from being read ahead.
+    blocks = table + row * table_stride
+    slots = _slots(blocks, first, last, slot_stride, BLOCK, TOKENS, PLACE)
+    owner = member * (GROUPS * SHARED) + group * SHARED + place % SHARED
+    asking = member >= 0
+    wanted = (channel < SIZE)[:, None] & asking[None, :]
+    asked = tl.load(query + owner[None, :] * SIZE + channel[:, None], mask=wanted, other=0.0)
+    largest = tl.full((QUERIES_BLOCK,), float("-inf"), dtype=tl.float32)
+    totals = tl.zeros((TOKENS, QUERIES_BLOCK), dtype=tl.float32)  # by place in a tile: added up once, at the end
+    mixed = tl.zeros((SIZE_BLOCK, QUERIES_BLOCK), dtype=tl.float32)
+    own_keys, own_values = keys + group * group_stride, values + group * group_stride
+    for start in range(first, last, TOKENS):
+        inside = start + token < last
+        places = slots[:, None] + channel[None, :]
+        present = inside[:, None] & (channel < SIZE)[None, :]
+        some_keys = tl.load(own_keys + places, mask=present, other=0.0)
+        some_values = tl.load(own_values + places, mask=present, other=0.0)
+        slots = _slots(blocks, start + TOKENS, last, slot_stride, BLOCK, TOKENS, PLACE)
+        scores = tl.dot(some_keys.to(asked.dtype), asked, input_precision="ieee")
+        scores = tl.where(inside[:, None], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=0))  # finite: the first token of a tile is inside
+        weights = tl.exp2(scores * scale - (larger * scale)[None, :])
+        shrunk = tl.exp2((largest - larger) * scale)
+        totals = totals * shrunk[None, :] + weights
+        mixed = tl.dot(tl.trans(some_values).to(asked.dtype), weights.to(asked.dtype), mixed * shrunk[None, :], input_precision="ieee")
+        largest = larger
+    total = tl.sum(totals, axis=0)
+    place_out = owner * PARTS + part
+    tl.store(part_out + place_out[None, :].to(tl.int64) * SIZE + channel[:, None], mixed * (1.0 / total)[None, :], mask=wanted)
+    tl.store(part_logsumexp + place_out, largest * scale + tl.log2(total), mask=asking)
+
+
+@triton.jit
+def _slots(blocks, start, last, slot_stride, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PLACE: tl.constexpr):
+    """(TOKENS,): where keys and values of tokens from `start` on, the first of a block, begin."""
+    token = tl.arange(0, TOKENS)
+    block = tl.load(blocks + start // BLOCK, mask=start < last, other=0).to(PLACE)
+    begin = tl.zeros((TOKENS,), dtype=PLACE) + block * (BLOCK * slot_stride)
+    for further in tl.static_range(1, TOKENS // BLOCK):
+        block = tl.load(blocks + start // BLOCK + further, mask=start + further * BLOCK < last, other=0).to(PLACE)
+        begin = tl.where(token < further * BLOCK, begin, block * (BLOCK * slot_stride))
+    return begin + token % BLOCK * slot_stride
 
 
 @triton.jit
