@@ -29,6 +29,9 @@ class Tiles(NamedTuple):
     parts: int  # that the inputs are divided into at most, each a program
     warps: int
     stages: int  # loads in flight
+    overlapped: bool = True  # each launch begins before the one ahead of it has ended, where the GPU can
+    prefetched: int = 32 * 1024  # bytes of each program's matrix that are brought into the L2 cache while it waits for that one
+    bulk: bool = True  # by one instruction for each line, which is for whole 16 bytes; else by one for every 128 bytes
 
 
 # One for each processor of a large GPU.
