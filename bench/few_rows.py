@@ -6,7 +6,8 @@ A group is the layers of one input in a decoder layer: queries, keys and values;
 captured as a CUDA graph over so many copies of its weights that none stays in the L2 cache, and told in microseconds for one
 copy and in GB of matrices a second. `separate` is a product of cuBLAS for each layer, with adapters as without kernels for few
 rows; other names are divisions (`Tiles`: outputs, inputs, parts, warps, stages) and how launches follow one another: `in turn`,
-or `ahead` with so many KiB of each program's matrix prefetched (`L`: by cache lines, not by long runs). The first is the one that is in use.
+or `ahead` with so many KiB of each program's matrix prefetched (`L`: by cache lines, not by long runs). `then` so many MiB of
+the next group's first matrix are prefetched as programs end. The first is the one that is in use.
 
 A chain is all groups of several decoder layers in turn; `between` is the same with a small kernel of PyTorch before each group,
 which changes its input as a norm does, and that kernel's time is part of the figure.
@@ -38,6 +39,7 @@ PROGRAMS = (96, 132, 192)
 MOST_PARTS = 8
 SMALL = (64, 64, 4, 6)  # two programs find room on a processor, and with them the beginning of the next launch
 PREFETCHED = (0, 16, 64, 256)  # KiB
+FOLLOWING = (4, 8, 16, 24)  # MiB
 
 
 class Group:
@@ -68,13 +70,13 @@ class Group:
         downs, ups = ([matrix.to(self.x.dtype) for matrix in matrices[copy]] for matrices in (self.downs, self.ups))
         return adapted_sums(self.x, self.weights[copy], downs, ups, [2.0] * len(self.sizes))[0]
 
-    def streamed(self, copy: int, adapter: bool, tiles: Tiles) -> list[torch.Tensor]:
-        """By kernels for few rows."""
+    def streamed(self, copy: int, adapter: bool, tiles: Tiles, following: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """By kernels for few rows, and a matrix that is needed next."""
         from finesight.models import few_rows_kernels  # needs Triton
 
         count = len(self.sizes)
         adapters = (self.downs[copy], self.ups[copy], [2.0] * count) if adapter else ([], [], [])
-        return few_rows_kernels.few_rows_products(self.x, self.weights[copy], [None] * count, *adapters, tiles)
+        return few_rows_kernels.few_rows_products(self.x, self.weights[copy], [None] * count, *adapters, tiles, following)
 
 
 def divided(sizes: Sequence[int], shape: tuple[int, int, int, int], programs: int) -> Tiles:
@@ -92,6 +94,13 @@ def followings(used: Tiles) -> Iterator[Tiles]:
     yield from (tiles for tiles in others if tiles != used)
 
 
+def followings_in_a_chain(used: Tiles) -> Iterator[Tiles]:
+    """Those, and some that ask for so much of the next group's matrices as they end."""
+    yield from followings(used)
+    yield from (used._replace(following=2**20 * mib) for mib in FOLLOWING)
+    yield used._replace(prefetched=0, following=2**20 * FOLLOWING[-2])
+
+
 def divisions(sizes: Sequence[int], inputs: int) -> Iterator[Tiles]:
     """Those to compare, the one in use first."""
     used = tiles_for(sizes, inputs)
@@ -100,9 +109,8 @@ def divisions(sizes: Sequence[int], inputs: int) -> Iterator[Tiles]:
 
 
 def label(tiles: Tiles) -> str:
-    return "/".join(map(str, tiles[:5])) + (
-        f" ahead {tiles.prefetched // 1024}{'' if tiles.bulk else 'L'}" if tiles.overlapped else " in turn"
-    )
+    how = f"ahead {tiles.prefetched // 1024}{'' if tiles.bulk else 'L'}" if tiles.overlapped else "in turn"
+    return "/".join(map(str, tiles[:5])) + f" {how}" + (f" then {tiles.following // 2**20}M" if tiles.following else "")
 
 
 def graph_seconds(functions: Sequence[Callable[[], object]]) -> float:
@@ -150,18 +158,21 @@ def chained(groups: Sequence[Group], adapter: bool, between: bool, stop_at: floa
 
     def seconds(all_tiles: Sequence[Tiles]) -> float:
         def layer(copy: int) -> None:
-            for group, tiles in zip(groups, all_tiles, strict=True):
+            for place, (group, tiles) in enumerate(zip(groups, all_tiles, strict=True)):
                 if between:
                     group.x.mul_(1)
-                group.streamed(copy, adapter, tiles)
+                after = copy * len(groups) + place + 1
+                following = groups[after % len(groups)].weights[after // len(groups) % CHAINED_LAYERS][0]
+                group.streamed(copy, adapter, tiles, following)
 
         return graph_seconds([partial(layer, copy) for copy in range(CHAINED_LAYERS)])
 
     used = [tiles_for(group.sizes, group.inputs) for group in groups]
-    small = [divided(group.sizes, SMALL, PROGRAMS[1]) if tiles.parts > 1 else tiles for group, tiles in zip(groups, used, strict=True)]
+    halves = [divided(group.sizes, SMALL, PROGRAMS[1]) for group in groups]
+    small = [half if tiles.outputs <= half.outputs else tiles for half, tiles in zip(halves, used, strict=True)]
     ways = {}
     for name, of_groups in (("in use", used), ("small", small)):
-        for following in zip(*(followings(tiles) for tiles in of_groups), strict=True):
+        for following in zip(*(followings_in_a_chain(tiles) for tiles in of_groups), strict=True):
             ways[name + ": " + label(following[0]).partition(" ")[2]] = partial(seconds, following)
     return {"us_and_gb_s": figures(ways, sum(group.bytes(adapter) for group in groups), stop_at)}
 

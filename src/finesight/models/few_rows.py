@@ -32,6 +32,7 @@ class Tiles(NamedTuple):
     overlapped: bool = True  # each launch begins before the one ahead of it has ended, where the GPU can
     prefetched: int = 32 * 1024  # bytes of each program's matrix that are brought into the L2 cache while it waits for that one
     bulk: bool = True  # by one instruction for each line, which is for whole 16 bytes; else by one for every 128 bytes
+    following: int = 0  # bytes of the matrix that is needed next, which all programs together ask for as they end
 
 
 # One for each processor of a large GPU.
