@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -23,17 +24,15 @@ from finesight.models.compilation import CompiledFunction
 from finesight.models.decoding import BLOCK_TOKENS, MOST_PARTS, PART_TOKENS, KeyValuePool, Parts, decode_attention, divide_attention
 from finesight.sampling.requests import blocks_for
 
-# Tokens of a part; programs, tokens of a tile, stages, warps, registers.
-PART_LENGTHS = (PART_TOKENS, 128)
-TILES = (
-    (3, 32, 4, 4, 168),
-    (4, 32, 2, 4, 128),
-    (5, 32, 2, 4, 96),
-    (2, 64, 2, 4, 255),
-    (2, 64, 3, 4, 255),
-    (2, 64, 2, 8, 128),
-    (1, 128, 2, 8, 255),
-    (4, 32, 3, 2, 255),
+# Tokens of a part; and forms of `AttentionTiles`.
+PART_LENGTHS = (PART_TOKENS, 384)
+TILES: tuple[tuple[Any, ...], ...] = (
+    (4, 32, 3, 4, 128, True, 0),
+    (4, 32, 3, 4, 128, False, 0),
+    (4, 32, 3, 4, 128, True, 4),
+    (4, 32, 2, 4, 128, True, 2),
+    (3, 32, 4, 4, 168, True, 2),
+    (2, 64, 3, 4, 255, True, 2),
 )
 
 
@@ -63,13 +62,13 @@ class Attention:
         """What a step divides once for all layers."""
         return divide_attention(self.table, self.prompt_blocks, self.lengths, part_tokens)
 
-    def every_layer(self, part_tokens: int, tiles: tuple[int, ...] | None = None) -> None:
+    def every_layer(self, part_tokens: int, tiles: tuple[Any, ...] | None = None) -> None:
         """All layers in turn."""
         parts = self.divided(part_tokens)
         for layer in range(len(self.pool.keys)):
             self.layer(layer, parts, tiles)
 
-    def layer(self, layer: int, parts: Parts, tiles: tuple[int, ...] | None = None) -> torch.Tensor:
+    def layer(self, layer: int, parts: Parts, tiles: tuple[Any, ...] | None = None) -> torch.Tensor:
         """One of them."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         if tiles is None:
@@ -99,7 +98,7 @@ def measured(attention: Attention, stop_at: float) -> Iterator[Row]:
             try:
                 found = attention.layer(0, attention.divided(part_tokens), tiles).float()
 
-                def run(part_tokens: int = part_tokens, tiles: tuple[int, ...] | None = tiles) -> None:
+                def run(part_tokens: int = part_tokens, tiles: tuple[Any, ...] | None = tiles) -> None:
                     attention.every_layer(part_tokens, tiles)
 
                 seconds = StepGraph(run, "cuda").seconds() / layers

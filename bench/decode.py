@@ -353,6 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64, help="completions side by side")
     parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiled-only", action="store_true")
     parser.add_argument("--time-limit", type=float, default=75, help="seconds after which no further part begins")
     parser.add_argument("--tiny", action="store_true", help="only try it: the tiny model of the family, few rows, nothing compiled")
     a = parser.parse_args(arguments)
@@ -374,6 +375,8 @@ def main(arguments: list[str] | None = None) -> None:
             recipe = load_recipe(None, [f"model.name_or_path={write_processor(a.model, folder, a.bpe)}", "training.output_dir=none"])
             bench = DecodeBench(a, load_processor(folder, data=recipe.data), recipe, bytes_s, row)
             for form in FORMS:
+                if a.compiled_only and not form.compiled:
+                    continue
                 if a.tiny and form.compiled:
                     continue  # takes longer on a CPU than all else together
                 for measured in bench.rows(form):

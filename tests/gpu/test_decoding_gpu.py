@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, decode_attention, divide_attention, rotate_and_store
-from finesight.models.packed import PackedModel, projections, rotate
+from finesight.models.packed import PackedModel, projections, rotary, rotate
 from gpu.test_forest_gpu import middle_model
 from tiny import FAMILIES
 
@@ -75,7 +75,7 @@ def test_queries_are_rotated_and_keys_stored(family: str, dtype: torch.dtype) ->
         attention.q_norm.weight.data.uniform_(0.5, 1.5)
         attention.k_norm.weight.data.uniform_(0.5, 1.5)
     hidden = torch.randn(5, 256, device="cuda", dtype=dtype)
-    cos, sin = packed.rotary(torch.tensor([3, 70, 5, 1000, 0], device="cuda").expand(3, -1), hidden)
+    cos, sin = rotary(text, torch.tensor([3, 70, 5, 1000, 0], device="cuda").expand(3, -1), hidden)
     slots = torch.tensor([5, 63, 0, 33, 34], device="cuda")
     with torch.no_grad():
         query, key, value = projections(text.layers[0], hidden)

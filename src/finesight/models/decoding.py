@@ -10,7 +10,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from finesight.data.batch import PackedBatch
 from finesight.errors import ModelError
 from finesight.models.experts import wait_for_offsets
-from finesight.models.packed import DECODING, PackedModel, rotate
+from finesight.models.packed import PackedModel, last_states, next_projections, projections, rotary, rotate
 
 BLOCK_TOKENS = 32
 # Most rows that read the blocks of their common prompt together.
@@ -162,6 +162,37 @@ def _tokens_of_a_part(tokens: torch.Tensor, fewest: int) -> torch.Tensor:
     return (-(-tokens // (parts * BLOCK_TOKENS))).clamp(min=1) * BLOCK_TOKENS
 
 
+class StepInputs(NamedTuple):
+    """What all layers of a step need."""
+
+    hidden: torch.Tensor  # (B, D) of the first layer
+    cos: torch.Tensor  # (B, d)
+    sin: torch.Tensor
+    slots: torch.Tensor  # (B,) int64: where the keys and values of the token go
+    lengths: torch.Tensor  # (B,) int64: tokens attended to, itself included
+    parts: Parts | None  # for the kernels of a GPU
+
+
+def begin_step(
+    text: Any, tokens: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, prompt_blocks: torch.Tensor
+) -> tuple[StepInputs, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What lies before the first attention of :meth:`Decoder.step`: inputs of all layers, and :func:`projections` of the first.
+
+    Args:
+        text: the language model.
+    """
+    hidden = text.embed_tokens(tokens)
+    cos, sin = rotary(text, positions.expand(3, -1), hidden)
+    slots = table.gather(1, (lengths // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + lengths % BLOCK_TOKENS
+    seen = lengths + 1
+    parts = divide_attention(table, prompt_blocks, seen) if tokens.is_cuda else None
+    return StepInputs(hidden, cos, sin, slots, seen, parts), *projections(text.layers[0], hidden)
+
+
+# What lies before, between and after the attentions of a step.
+_AROUND: tuple[Callable[..., Any], ...] = (begin_step, next_projections, last_states)
+
+
 class Decoder:
     """Prompts into a pool, and steps from it.
 
@@ -176,8 +207,7 @@ class Decoder:
         self, packed: PackedModel, pool: KeyValuePool, *, compile_layers: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.packed, self.pool = packed, pool
-        functions: Sequence[Callable[..., Any]] = (*DECODING, divide_attention)
-        self._begin, self._between, self._end, self._divide = packed.compiled_for_decoding(functions, say) if compile_layers else functions
+        self._begin, self._between, self._end = packed.compiled_for_decoding(_AROUND, say) if compile_layers else _AROUND
 
     @property
     def can_be_captured(self) -> bool:
@@ -212,21 +242,15 @@ class Decoder:
             prompt_blocks: (B,) int64: those at the front of its table that rows of the same prompt have in common.
         """
         text = self.packed.base.model.language_model
-        hidden = text.embed_tokens(tokens)
-        cos, sin = self.packed.rotary(positions.expand(3, -1), hidden)
-        slots = table.gather(1, (lengths // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + lengths % BLOCK_TOKENS
-        seen = lengths + 1
-        parts = self._divide(table, prompt_blocks, seen) if self.packed.device.type == "cuda" else None
-        query, key, value = self._begin(text.layers[0], hidden)
+        inputs, query, key, value = self._begin(text, tokens, positions, lengths, table, prompt_blocks)
+        hidden = inputs.hidden
         for index, layer in enumerate(text.layers):
             attention, keys, values = layer.self_attn, self.pool.keys[index], self.pool.values[index]
-            query = rotate_and_store(attention, query, key, value, cos, sin, keys, values, slots)
-            mixed = decode_attention(query, keys, values, table, seen, parts, attention.scaling).flatten(1)
+            query = rotate_and_store(attention, query, key, value, inputs.cos, inputs.sin, keys, values, inputs.slots)
+            mixed = decode_attention(query, keys, values, table, inputs.lengths, inputs.parts, attention.scaling).flatten(1)
             if index + 1 < len(text.layers):
                 hidden, query, key, value = self._between(layer, text.layers[index + 1], hidden, mixed)
-            else:
-                hidden = self._end(layer, hidden, mixed)
-        return self._logits(text.norm(hidden))
+        return self._logits(self._end(text.layers[-1], text.norm, hidden, mixed))
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         head: nn.Module = self.packed.base.lm_head

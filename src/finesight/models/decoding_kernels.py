@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from finesight.models.decoding import PART_FIELDS, Parts
+from finesight.models.few_rows_kernels import can_overlap
 
 
 class AttentionTiles(NamedTuple):
@@ -35,6 +36,8 @@ class AttentionTiles(NamedTuple):
     stages: int  # tiles that are read at once
     warps: int  # of a program
     registers: int  # of a thread
+    overlapped: bool = True  # each launch begins before the one ahead of it has ended, where the GPU can
+    prefetched: int = 2  # tiles of a program's first part, if it is of a prompt, that it has brought into the L2 cache meanwhile
 
 
 # The fastest of those measured for Qwen3-VL-4B on an H200 (bench/attend.py); and what shared memory holds of float32.
@@ -57,7 +60,7 @@ def rotate_and_store(
     _rotate_kernel[(rows, heads + groups)](
         query, key, value, *weights, cos, sin, slots, out, keys, values, eps,
         query.stride(0), key.stride(0), value.stride(0), keys.stride(0),
-        HEADS=heads, SIZE=size, HALF=size // 2, HALF_BLOCK=triton.next_power_of_2(size // 2), NORMALISED=normalised, num_warps=1,
+        HEADS=heads, SIZE=size, HALF=size // 2, HALF_BLOCK=triton.next_power_of_2(size // 2), NORMALISED=normalised, num_warps=1, **_launched(query.device, True),
     )  # fmt: skip
     return out
 
@@ -87,6 +90,7 @@ def decode_attention(
     part_logsumexp = torch.empty(rows, heads, most, dtype=torch.float32, device=query.device)  # to base 2
     out = torch.empty_like(query)
     size_block = max(16, triton.next_power_of_2(size))  # matrix units want at least 16
+    launched = _launched(query.device, tiles.overlapped)
     _attend_kernel[(programs,)](
         query, keys, values, table, parts.lines, parts.number, part_out, part_logsumexp, scale * math.log2(math.e),
         keys.stride(0), keys.stride(1), table.stride(0),
@@ -94,13 +98,18 @@ def decode_attention(
         OWN_BLOCK=max(16, triton.next_power_of_2(shared)),
         SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tiles.tokens, PARTS=most, FIELDS=PART_FIELDS,
         PLACE=tl.int32 if keys.numel() < 2**31 else tl.int64, num_warps=tiles.warps, num_stages=tiles.stages,
-        maxnreg=tiles.registers,
+        maxnreg=tiles.registers, PREFETCHED=tiles.prefetched, **launched,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
         part_out, part_logsumexp, parts.of_row, out,
-        HEADS=heads, SIZE=size, SIZE_BLOCK=size_block, PARTS=most, PARTS_BLOCK=triton.next_power_of_2(most), num_warps=1,
+        HEADS=heads, SIZE=size, SIZE_BLOCK=size_block, PARTS=most, PARTS_BLOCK=triton.next_power_of_2(most), num_warps=1, **launched,
     )  # fmt: skip
     return out
+
+
+def _launched(device: torch.device, overlapped: bool) -> dict[str, bool]:
+    """Options of a launch that may begin before the one ahead of it has ended."""
+    return {"OVERLAPPED": True, "launch_pdl": True} if overlapped and can_overlap(device) else {"OVERLAPPED": False}
 
 
 @lru_cache
@@ -112,9 +121,12 @@ def _processors(device_index: int) -> int:
 def _rotate_kernel(
     query, key, value, query_weight, key_weight, cos, sin, slots, out, keys, values, eps,
     query_stride, key_stride, value_stride, slot_stride,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORMALISED: tl.constexpr,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORMALISED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One head of queries of one row, or one of keys and values."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, HALF_BLOCK)
     wanted = channel < HALF
@@ -162,6 +174,7 @@ def _attend_kernel(
     slot_stride, group_stride, table_stride,
     GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr, OWN_BLOCK: tl.constexpr,
     SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
+    PREFETCHED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     program, programs, items = tl.program_id(0), tl.num_programs(0), tl.load(number).to(tl.int32) * GROUPS
     # Neighbouring programs read neighbouring groups of the same tokens. The longest parts come first, and every second round goes
@@ -171,18 +184,19 @@ def _attend_kernel(
         line, group = lines + (item // GROUPS) * (FIELDS + BUNDLE), item % GROUPS
         of_prompt = tl.load(line + 4, mask=item < items, other=0)
         if of_prompt:
-            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
-                         GROUPS, SHARED, BUNDLE, QUERIES_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE)  # fmt: skip
+            _attend_part(query, keys, values, table, line, group, begin == 0, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, BUNDLE, QUERIES_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, PREFETCHED, OVERLAPPED)  # fmt: skip
         elif item < items:
-            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
-                         GROUPS, SHARED, 1, OWN_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE)  # fmt: skip
+            _attend_part(query, keys, values, table, line, group, begin == 0, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, 1, OWN_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, 0, OVERLAPPED)  # fmt: skip
 
 
 @triton.jit
 def _attend_part(
-    query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+    query, keys, values, table, line, group, first_round, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
     GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr,
     SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
+    PREFETCHED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One group of heads of one part, for the queries of a bundle or of a single row.
 
@@ -200,11 +214,20 @@ def _attend_part(
     owner = member * (GROUPS * SHARED) + group * SHARED + place % SHARED
     asking = member >= 0
     wanted = (channel < SIZE)[:, None] & asking[None, :]
+    own_keys, own_values = keys + group * group_stride, values + group * group_stride
+    if OVERLAPPED:
+        # What was written of a prompt was written before this step; tables and parts at its beginning.
+        if first_round:
+            for tile in tl.static_range(PREFETCHED):
+                some_slots = slots if tile == 0 else _slots(blocks, first + tile * TOKENS, last, slot_stride, BLOCK, TOKENS, PLACE)
+                _prefetch(own_keys + some_slots, SIZE)
+                _prefetch(own_values + some_slots, SIZE)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     asked = tl.load(query + owner[None, :] * SIZE + channel[:, None], mask=wanted, other=0.0)
     largest = tl.full((QUERIES_BLOCK,), float("-inf"), dtype=tl.float32)
     totals = tl.zeros((TOKENS, QUERIES_BLOCK), dtype=tl.float32)  # by place in a tile: added up once, at the end
     mixed = tl.zeros((SIZE_BLOCK, QUERIES_BLOCK), dtype=tl.float32)
-    own_keys, own_values = keys + group * group_stride, values + group * group_stride
     for start in range(first, last, TOKENS):
         inside = start + token < last
         places = slots[:, None] + channel[None, :]
@@ -227,6 +250,21 @@ def _attend_part(
 
 
 @triton.jit
+def _prefetch(places, SIZE: tl.constexpr):
+    """Asks for so many channels at each of the places, as a hint to the L2 cache."""
+    length: tl.constexpr = SIZE * places.dtype.element_ty.primitive_bitwidth // 8
+    if length % 16 == 0:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [places.to(tl.int64), length],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def _slots(blocks, start, last, slot_stride, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PLACE: tl.constexpr):
     """(TOKENS,): where keys and values of tokens from `start` on, the first of a block, begin."""
     token = tl.arange(0, TOKENS)
@@ -241,12 +279,15 @@ def _slots(blocks, start, last, slot_stride, BLOCK: tl.constexpr, TOKENS: tl.con
 @triton.jit
 def _join_kernel(
     part_out, part_logsumexp, of_row, out,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     owner = tl.program_id(0)
     part = tl.arange(0, PARTS_BLOCK)
     channel = tl.arange(0, SIZE_BLOCK)
     there = part < tl.load(of_row + owner // HEADS)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     logsumexp = tl.load(part_logsumexp + owner * PARTS + part, mask=there, other=float("-inf"))
     weights = tl.exp2(logsumexp - tl.max(logsumexp, axis=0))
     weights = weights / tl.sum(weights, axis=0)

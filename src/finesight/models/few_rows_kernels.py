@@ -78,7 +78,7 @@ def few_rows_products(
     results = (*_padded(biases), *_padded(outs))
     matrices = (*weights, *downs[:adapters])
     aligned = all(matrix.data_ptr() % 16 == 0 and inputs * matrix.element_size() % 16 == 0 for matrix in matrices)
-    overlapped = tiles.overlapped and _can_overlap(x.device)
+    overlapped = tiles.overlapped and can_overlap(x.device)
     share, chunks = 0, 32 * tiles.warps // _CHUNK_THREADS.value
     if following is not None and following.data_ptr() % 16 == 0:
         share = min(tiles.following, following.nbytes) // ((adapters + ends[-1]) * parts * chunks * 16) * chunks * 16
@@ -99,7 +99,7 @@ def few_rows_products(
 
 
 @lru_cache
-def _can_overlap(device: torch.device) -> bool:
+def can_overlap(device: torch.device) -> bool:
     """Whether launches can be made dependent on one another, and their programs wait: Hopper and newer."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 

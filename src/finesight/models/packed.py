@@ -162,7 +162,7 @@ class PackedModel(nn.Module):
             hidden = hidden.index_copy(0, batch.visual_index, merged)
         if nothing is not None:
             hidden = hidden + nothing.to(hidden.dtype)
-        cos, sin = self.rotary(batch.position_ids, hidden)
+        cos, sin = rotary(text, batch.position_ids, hidden)
         levels = features.deepstack if features is not None else ()
         run = self._run_layer if observe is None else run_layer
         for index, layer in enumerate(text.layers):
@@ -178,15 +178,6 @@ class PackedModel(nn.Module):
                 level = levels[index].index_select(0, batch.visual_source).to(hidden.dtype)
                 hidden = hidden.index_add(0, batch.visual_index, level)
         return text.norm(hidden.index_select(0, batch.predict_from))
-
-    def rotary(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (T, d) of positions (3, T), the M-RoPE axes joined."""
-        text = self.base.model.language_model
-        cos, sin = text.rotary_emb(like, position_ids.unsqueeze(1))
-        if cos.ndim == 4:  # Qwen2.5-VL up to transformers 5.17 leaves the axes (3, 1, T, d) to the attention
-            sections = text.config.rope_parameters["mrope_section"] * 2
-            cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(x.split(sections, dim=-1))], dim=-1) for x in (cos, sin))
-        return cos.squeeze(0), sin.squeeze(0)
 
     def visual_features(self, batch: PackedBatch) -> VisualFeatures | None:
         """Features of the batch's distinct images and videos, computed ones first, then those that were kept.
@@ -335,6 +326,20 @@ def projections(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, t
     return query, key, value
 
 
+def rotary(text: nn.Module, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (T, d) of positions (3, T), the M-RoPE axes joined.
+
+    Args:
+        text: the language model.
+        like: whose precision they get.
+    """
+    cos, sin = text.rotary_emb(like, position_ids.unsqueeze(1))
+    if cos.ndim == 4:  # Qwen2.5-VL up to transformers 5.17 leaves the axes (3, 1, T, d) to the attention
+        sections = text.config.rope_parameters["mrope_section"] * 2
+        cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(x.split(sections, dim=-1))], dim=-1) for x in (cos, sin))
+    return cos.squeeze(0), sin.squeeze(0)
+
+
 def rotate(
     attention: nn.Module, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -352,6 +357,11 @@ def next_projections(
     return hidden, *projections(following, hidden)
 
 
+def last_states(layer: nn.Module, norm: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """:func:`finish_layer` of the last layer, and the norm that comes after it."""
+    return norm(finish_layer(layer, hidden, mixed))
+
+
 def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor, following: nn.Module | None = None) -> torch.Tensor:
     """What follows attention: output projection and MLP, each added to the residual stream; (T, D).
 
@@ -359,10 +369,6 @@ def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor, fo
         following: the linear layer that is computed next, as in :func:`finesight.models.linear.project`.
     """
     return run_mlp(layer, hidden + project([layer.self_attn.o_proj], mixed, getattr(layer.mlp, "gate_proj", None))[0], following)
-
-
-# What lies before, between and after the attentions of a decoding step.
-DECODING: tuple[_Many, _Many, _Many] = (projections, next_projections, finish_layer)
 
 
 def run_mlp(layer: nn.Module, hidden: torch.Tensor, following: nn.Module | None = None) -> torch.Tensor:
