@@ -101,7 +101,7 @@ def found() -> list[rows.Row]:
     """Rows of `bench.group_update`."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        group_update.main(["--device", "cpu", "--tiny"])
+        group_update.main(["--device", "cpu", "--tiny", "--profile"])
     return [row for line in output.getvalue().splitlines() if (row := rows.parse(line)) is not None]
 
 
@@ -110,6 +110,17 @@ class TestUpdate:
         (compared,) = (row for row in found if row["row"] == "grpo_compared")
         assert compared["loss_apart"] < 1e-6 and compared["gradients_apart"] < 1e-5
         assert compared["gradient_norm"] > 0 and compared["loss_shared"] != 0
+
+    def test_no_form_goes_on_from_where_another_trained_to(self, found: list[rows.Row]) -> None:
+        one, other = (row["losses"] for row in found if row["row"] == "grpo_update")
+        assert one == pytest.approx(other, abs=1e-6) and one[0] != one[1]
+
+    def test_a_profile_tells_parts_of_a_step_and_operators(self, found: list[rows.Row]) -> None:
+        profiles = [row for row in found if row["row"] == "grpo_profile"]
+        assert [row["shared"] for row in profiles] == [True, False]
+        for row in profiles:
+            assert set(row["parts_s"]) == set(group_update.PARTS) and min(row["parts_s"].values()) > 0
+            assert row["groups"]["matrix products"]["seconds"] > 0 and len(row["largest"]) == group_update.KERNELS
 
     def test_a_prompt_is_computed_once_or_for_each_completion(self, found: list[rows.Row]) -> None:
         tokens = {row["shared"]: row["tokens"] for row in found if row["row"] == "grpo_update"}

@@ -176,8 +176,9 @@ class _TargetLogProbs(torch.autograd.Function):
             if found is not None:
                 entropies[rows] = found
             if directions is not None:
-                by_logits = logits_gradient(logits, token[rows], logsumexp[rows], inverse[rows], head.temperature)
-                directions[rows] = _times_weight(by_logits, weight, head.scale)
+                logits = logits_gradient(logits, token[rows], logsumexp[rows], inverse[rows], head.temperature)
+                directions[rows] = _times_weight(logits, weight, head.scale)
+            del logits  # before those of the next chunk are there
         # Of a weight that trains, the gradient needs the logits once more; of a frozen one, neither is needed.
         ctx.save_for_backward(directions, *((hidden, weight, token, logsumexp) if needs_weight else ()))
         ctx.head = head
@@ -185,7 +186,7 @@ class _TargetLogProbs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         head: _Head = ctx.head
         directions, *others = ctx.saved_tensors
@@ -199,8 +200,9 @@ class _TargetLogProbs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], head.chunk):
             rows = slice(start, start + head.chunk)
             logits = head.logits(hidden[rows], weight)
-            by_logits = logits_gradient(logits, token[rows], logsumexp[rows], grad[rows], head.temperature)
+            logits = logits_gradient(logits, token[rows], logsumexp[rows], grad[rows], head.temperature)
             if grad_hidden is not None:
-                grad_hidden[rows] = _times_weight(by_logits, weight, head.scale)
-            grad_weight += by_logits.T @ hidden[rows]
+                grad_hidden[rows] = _times_weight(logits, weight, head.scale)
+            grad_weight += logits.T @ hidden[rows]
+            del logits
         return grad_hidden, grad_weight.to(weight.dtype), None, None
