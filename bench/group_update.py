@@ -4,7 +4,8 @@
 
 Completions are fixed random tokens, advantages and old log-probabilities are fixed too, so that both forms have the same
 targets, the same loss and the same gradients; row `grpo_compared` says how near they are. A step (`grpo_update`) is one group,
-with --compile several: forward and backward pass of its packs, clipping, and the optimizer's step; the tower is computed in it, once for each pack.
+with --compile several: forward and backward pass of its packs, clipping, and the optimizer's step; the tower is computed in it, once for each pack,
+but for the forms of `kept_features`, which take the images' features as a rollout leaves them to the update of a run.
 Each form starts from the same adapters. With --profile, row `grpo_profile` tells for each form how long the parts of a step take,
 each waited for by itself, and names the kernels of one step.
 Activation memory is the peak of a step over what is allocated before it. Row `grpo_memory`: the same for larger groups under the
@@ -36,6 +37,7 @@ from bench.rows import Row, emit, failed, part, significant
 from bench.workload import TINY_GROUP, GroupSetting
 from finesight.data.batch import PackedBatch, Scoring
 from finesight.data.feed import Feed, Step
+from finesight.data.kept import use_kept
 from finesight.data.pack import PackPlan
 from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
@@ -70,6 +72,7 @@ class Form:
     token_budget: int = ONE_PACK
     generations: int = 8
     groups: int = 1  # of a step, each about an image of its own
+    kept_features: bool = False  # of the images, as a rollout leaves them to the update of a run; otherwise the tower is part of the step
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +138,8 @@ class UpdateBench:
             about |= known
         plan, feed = self.plan(samples, form), self.feed(form, packed)
         step = feed.build(plan)
-        packs = [self.with_targets(pack, chosen, about).to(packed.device) for pack, chosen in zip(step.packs, plan.plans, strict=True)]
+        packs = [self.with_targets(pack, chosen, about) for pack, chosen in zip(step.packs, plan.plans, strict=True)]
+        packs = [self.with_features(pack, packed) if form.kept_features else pack.to(packed.device) for pack in packs]
         return replace(step, packs=packs, plan=plan)
 
     def group(self, place: int, generations: int) -> tuple[list[Sample], dict[Sample, About]]:
@@ -197,6 +201,15 @@ class UpdateBench:
         )
         return replace(pack, scoring=self.scoring(entropies=True), about_targets=table)
 
+    def with_features(self, pack: PackedBatch, packed: PackedModel) -> PackedBatch:
+        """The pack on the device, its images' features computed beforehand."""
+        with torch.no_grad():
+            features = packed.visual_features(pack.to(packed.device))
+        if features is None:
+            raise ValueError("the pack has no images")
+        kept = use_kept(pack, set(pack.item_keys), packed.tower_shape).to(packed.device)
+        return replace(kept, stored=torch.stack([features.merged, *features.deepstack]))
+
     def gradients(self, packed: PackedModel, step: Step, optimizer: StepOptimizer | None = None) -> torch.Tensor:
         """Adds up the gradients of a step; returns its loss."""
         algorithm = self.algorithm(step)
@@ -239,7 +252,9 @@ class UpdateBench:
         With compiled layers the time of steps of several groups alone: one group does not keep a large GPU busy.
         """
         if compiled:
-            yield from self._timed([Form(shared, "selective", True, groups=GROUPS) for shared in (True, False)], profile)
+            for kept in (True, False):
+                forms = [Form(shared, "selective", True, groups=GROUPS, kept_features=kept) for shared in (True, False)]
+                yield from self._timed(forms, profile and kept)
             return
         yield self._part({"row": "grpo_compared"}, self.compared)
         yield from self._timed([Form(shared, "selective", False) for shared in (True, False)], profile)
@@ -255,7 +270,7 @@ class UpdateBench:
                 yield self._part({"row": "grpo_profile", **self._settings(form)}, partial(self.profiled, form))
 
     def _settings(self, form: Form) -> Row:
-        names = ("shared", "policy", "compiled", "token_budget", "generations", "groups")
+        names = ("shared", "policy", "compiled", "token_budget", "generations", "groups", "kept_features")
         return {name: getattr(form, name) for name in names}
 
     def _part(self, row: Row, measure: Callable[[], Row]) -> Row:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from finesight.data.layout import AttentionLayout
 from finesight.errors import ModelError
+from finesight.models.gathered import gather_rows
 
 # transformers' vision modules hand over the whole packed sequence at once only to implementations named "flash".
 TOWER_ATTENTION = "finesight_forest_flash"
@@ -26,9 +27,9 @@ TOWER_ATTENTION = "finesight_forest_flash"
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    _HAS_VARLEN, _VARLEN_HAS_GQA = True, "enable_gqa" in inspect.signature(varlen_attn).parameters
+    _HAS_VARLEN, _VARLEN_ASKS_FOR_GQA = True, "enable_gqa" in inspect.signature(varlen_attn).parameters
 except ImportError:  # torch built without it
-    _HAS_VARLEN, _VARLEN_HAS_GQA = False, False
+    _HAS_VARLEN, _VARLEN_ASKS_FOR_GQA = False, False
 
 
 def forest_attention(
@@ -46,8 +47,11 @@ def forest_attention(
     Returns:
         (T, H, D).
     """
-    if layout.key_index is not None:
-        key, value = key.index_select(0, layout.key_index), value.index_select(0, layout.key_index)
+    index, uses, cu_uses = layout.key_index, layout.key_uses, layout.cu_key_uses
+    if index is not None:
+        if uses is None or cu_uses is None:
+            raise ValueError("the layout lacks the inverse of its key_index; AttentionLayout.of_lengths makes both")
+        key, value = gather_rows(key, index, uses, cu_uses), gather_rows(value, index, uses, cu_uses)
     if _runs_on_varlen(query):
         return _varlen_attention(query, key, value, layout, causal, scale)
     return _grouped_attention(query, key, value, layout, causal, scale)
@@ -68,12 +72,8 @@ def _varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout, causal: bool, scale: float | None
 ) -> torch.Tensor:
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
-    if query.shape[1] != key.shape[1]:
-        if _VARLEN_HAS_GQA:
-            options["enable_gqa"] = True
-        else:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if query.shape[1] != key.shape[1] and _VARLEN_ASKS_FOR_GQA:
+        options["enable_gqa"] = True  # earlier versions do not ask: their kernels, too, take fewer heads of keys than of queries
     out: Any = varlen_attn(query, key, value, layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys, **options)
     return out
 
