@@ -27,9 +27,9 @@ TOWER_ATTENTION = "finesight_forest_flash"
 try:
     from torch.nn.attention.varlen import varlen_attn
 
-    _HAS_VARLEN, _VARLEN_ASKS_FOR_GQA = True, "enable_gqa" in inspect.signature(varlen_attn).parameters
+    _HAS_VARLEN, _VARLEN_HAS_GQA = True, "enable_gqa" in inspect.signature(varlen_attn).parameters
 except ImportError:  # torch built without it
-    _HAS_VARLEN, _VARLEN_ASKS_FOR_GQA = False, False
+    _HAS_VARLEN, _VARLEN_HAS_GQA = False, False
 
 
 def forest_attention(
@@ -72,8 +72,12 @@ def _varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: AttentionLayout, causal: bool, scale: float | None
 ) -> torch.Tensor:
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
-    if query.shape[1] != key.shape[1] and _VARLEN_ASKS_FOR_GQA:
-        options["enable_gqa"] = True  # earlier versions do not ask: their kernels, too, take fewer heads of keys than of queries
+    if query.shape[1] != key.shape[1]:
+        if _VARLEN_HAS_GQA:
+            options["enable_gqa"] = True
+        else:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     out: Any = varlen_attn(query, key, value, layout.cu_queries, layout.cu_keys, layout.max_queries, layout.max_keys, **options)
     return out
 
