@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import models
 from bench.checkpoint import write_processor
 from bench.group_prompts import conversations, encoded
-from bench.profile_step import STEP, figures_of
+from bench.profile_step import profiled
 from bench.roofline import COPY_BYTES, copy_rate, seconds_of
 from bench.rows import Row, emit, failed, part, significant
 from bench.workload import TINY_GROUP, GroupSetting
@@ -139,7 +138,7 @@ class DecodeBench:
             if not graphs:
                 yield failed({**common, "what": "profile"}, "there is no step to profile")
                 return
-            yield self._part({**common, "what": "profile"}, lambda: profiled(graphs[0], self.a.device))
+            yield self._part({**common, "what": "profile"}, lambda: profile_of(graphs[0], self.a.device))
 
     def clear(self) -> None:
         """Lets go of everything but the model."""
@@ -330,21 +329,10 @@ class StepGraph:
         return seconds_of(self.run, self.device, repeats=20 if self.graph is not None else 3)
 
 
-def profiled(graph: StepGraph, device: str) -> Row:
-    """What one run spends its time on, by kernel (on a CPU by operator); where a replay tells no kernels, those of a run without the graph."""
-    row = {"replayed": graph.graph is not None, **_profiled(graph.run, device)}
-    return row if row["launches"] else {"replayed": False, **_profiled(graph.function, device)}
-
-
-def _profiled(run: Callable[[], object], device: str) -> Row:
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with profile(activities=activities):  # the first start takes long
-        run()
-    with profile(activities=activities) as recorded, record_function(STEP):
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return figures_of(recorded, device == "cuda", KERNELS)
+def profile_of(graph: StepGraph, device: str) -> Row:
+    """What one run spends its time on; where a replay tells no kernels, those of a run without the graph."""
+    row = {"replayed": graph.graph is not None, **profiled(graph.run, device, KERNELS)}
+    return row if row["launches"] else {"replayed": False, **profiled(graph.function, device, KERNELS)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -144,7 +144,11 @@ class PackedModel(nn.Module):
 
         Where it asks for entropies too: (2, N), log-probabilities and entropies.
         """
-        return self._within(self.base.lm_head, _score, self.target_states(batch), batch)
+        return self.score(self.target_states(batch), batch)
+
+    def score(self, states: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """What :meth:`forward` gives, of the final hidden states (N, D) of :meth:`target_states`."""
+        return self._within(self.base.lm_head, _score, states, batch)
 
     def target_states(self, batch: PackedBatch, observe: KeysAndValues | None = None) -> torch.Tensor:
         """(N, D): the final hidden state that must give each target.
