@@ -37,7 +37,7 @@ def read_rows(
     found = torch.empty_like(logprobs) if entropies else None
     if rows:
         _read_kernel[(rows,)](
-            logits, token, logprobs, logsumexp, found, vocabulary, temperature, ENTROPIES=entropies, BLOCK=_READ_BLOCK, num_warps=8
+            logits, token, logprobs, logsumexp, found, vocabulary, float(temperature), ENTROPIES=entropies, BLOCK=_READ_BLOCK, num_warps=8
         )
     return logprobs, logsumexp, found
 
@@ -56,15 +56,12 @@ def logits_gradient(
     rows, vocabulary = logits.shape
     if rows:
         grid = (rows, triton.cdiv(vocabulary, _WRITE_BLOCK))
-        _gradient_kernel[grid](logits, token, logsumexp, grad, vocabulary, temperature, BLOCK=_WRITE_BLOCK, num_warps=4)
+        _gradient_kernel[grid](logits, token, logsumexp, grad, vocabulary, float(temperature), BLOCK=_WRITE_BLOCK, num_warps=4)
     return logits
 
 
-# Not specialised: kernels would be compiled anew for a temperature of 1.
-@triton.jit(do_not_specialize=["temperature"])
-def _read_kernel(
-    logits, token, logprobs, logsumexp, entropies, vocabulary, temperature: tl.float32, ENTROPIES: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit
+def _read_kernel(logits, token, logprobs, logsumexp, entropies, vocabulary, temperature, ENTROPIES: tl.constexpr, BLOCK: tl.constexpr):
     """One row a program. Each place of a block keeps its own running sums, relative to the largest that it has met.
 
     With m that largest: total is Σ exp(x - m), moment Σ exp(x - m) (x - m); the entropy is log total - moment / total.
@@ -99,8 +96,8 @@ def _read_kernel(
         tl.store(entropies + row, log_whole - tl.sum((moment + total * down) * kept, axis=0) / whole)
 
 
-@triton.jit(do_not_specialize=["temperature"])
-def _gradient_kernel(logits, token, logsumexp, grad, vocabulary, temperature: tl.float32, BLOCK: tl.constexpr):
+@triton.jit
+def _gradient_kernel(logits, token, logsumexp, grad, vocabulary, temperature, BLOCK: tl.constexpr):
     """One block of a row a program, each number read and written by itself."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
