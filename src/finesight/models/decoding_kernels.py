@@ -3,10 +3,13 @@
 What rows of one prompt have in common is read once for all rows of a bundle, whose queries fill one tile (as in Juravsky
 et al. 2024, Hydragen); what a row has alone is read for it. Both are divided into parts, which are joined by their
 logsumexp (Dao et al. 2023, Flash-Decoding; blocks as in Kwon et al. 2023, PagedAttention). A launch has as many programs
-as the device runs at once, which go through the parts in turn: most lines of a table of bundles are empty, and a program
-for each would take longer to begin and end than the work itself.
+as the device runs at once, which go through the list of parts in turn. What bounds it is the time between loads, so that little is
+computed for each of them: a part is found in one read, a block in one look at the table, and keys, and values, are the left
+operand of each product, so that queries, of which there are few, lie along the side that matrix units take in eights.
 
-How a row's tokens are divided depends on its own lengths alone, so that what a row gets does not change with its neighbours.
+Launches overlap on Hopper and newer as those of :mod:`finesight.models.few_rows_kernels`, and for the same reasons safely: what a program
+reads before it waits (the list of parts, tables) was written before the kernel ahead of its own began, and keys of prompts are only
+asked for.
 
 Imported only where there is a GPU, since Triton is.
 """
@@ -198,11 +201,7 @@ def _attend_part(
     SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
     PREFETCHED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One group of heads of one part, for the queries of a bundle or of a single row.
-
-    Keys, and values, are the left operand of each product, so that queries, of which there are few, lie along the side that
-    matrix units take in eights.
-    """
+    """One group of heads of one part, for the queries of a bundle or of a single row."""
     place = tl.arange(0, QUERIES_BLOCK)
     channel = tl.arange(0, SIZE_BLOCK)
     token = tl.arange(0, TOKENS)
