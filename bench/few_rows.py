@@ -83,7 +83,7 @@ def divided(sizes: Sequence[int], shape: tuple[int, int, int, int], programs: in
     """A shape with parts for about so many programs."""
     outputs, inputs, warps, stages = shape
     parts = round(programs / sum(-(-size // outputs) for size in sizes))
-    return Tiles(outputs, inputs, max(1, min(MOST_PARTS, parts)), warps, stages, following=0)
+    return Tiles(outputs, inputs, max(1, min(MOST_PARTS, parts)), warps, stages)
 
 
 def followings(used: Tiles) -> Iterator[Tiles]:
@@ -95,14 +95,15 @@ def followings(used: Tiles) -> Iterator[Tiles]:
 
 
 def followings_in_a_chain(used: Tiles) -> Iterator[Tiles]:
-    """Those, and some that ask for so much of the next group's first matrix as they end; the one in use first."""
-    alone = used._replace(following=0)
-    yield from dict.fromkeys((used, *followings(alone), *(used._replace(following=2**20 * mib) for mib in FOLLOWING)))
+    """Those, and some that ask for so much of the next group's matrices as they end."""
+    yield from followings(used)
+    yield from (used._replace(following=2**20 * mib) for mib in FOLLOWING)
+    yield used._replace(prefetched=0, following=2**20 * FOLLOWING[-2])
 
 
 def divisions(sizes: Sequence[int], inputs: int) -> Iterator[Tiles]:
-    """Those to compare, the one in use first; nothing follows."""
-    used = tiles_for(sizes, inputs)._replace(following=0)
+    """Those to compare, the one in use first."""
+    used = tiles_for(sizes, inputs)
     others = [divided(sizes, shape, programs) for shape in SHAPES for programs in PROGRAMS]
     yield from dict.fromkeys((*followings(used), *others))
 
@@ -168,10 +169,7 @@ def chained(groups: Sequence[Group], adapter: bool, between: bool, stop_at: floa
 
     used = [tiles_for(group.sizes, group.inputs) for group in groups]
     halves = [divided(group.sizes, SMALL, PROGRAMS[1]) for group in groups]
-    small = [
-        half._replace(following=tiles.following) if tiles.outputs <= half.outputs else tiles
-        for half, tiles in zip(halves, used, strict=True)
-    ]
+    small = [half if tiles.outputs <= half.outputs else tiles for half, tiles in zip(halves, used, strict=True)]
     ways = {}
     for name, of_groups in (("in use", used), ("small", small)):
         for following in zip(*(followings_in_a_chain(tiles) for tiles in of_groups), strict=True):

@@ -19,8 +19,6 @@ def test_equals_the_plain_formula(ranks: tuple[int, ...], biased: bool) -> None:
     ups = [torch.randn(size, rank) for size, rank in zip(sizes, ranks, strict=False)]
     scales = [0.5, 1.0, 2.0][: len(ranks)]
     found = products_without_graph(x, weights, biases, downs, ups, scales)
-    for out, again in zip(found, products_without_graph(x, weights, biases, downs, ups, scales, weights[0]), strict=True):
-        assert torch.equal(out, again)
     for place, (out, weight, bias) in enumerate(zip(found, weights, biases, strict=True)):
         expected = x @ weight.T + (bias if bias.numel() else 0)
         if ranks:

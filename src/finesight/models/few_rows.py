@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
     overlapped: bool = True  # each launch begins before the one ahead of it has ended, where the GPU can
     prefetched: int = 32 * 1024  # bytes of each program's matrix that are brought into the L2 cache while it waits for that one
     bulk: bool = True  # by one instruction for each line, which is for whole 16 bytes; else by one for every 128 bytes
-    following: int = 12 * 2**20  # bytes of the matrix that is needed next, which all programs together ask for as they end
+    following: int = 0  # bytes of the matrix that is needed next, which all programs together ask for as they end
 
 
 # One for each processor of a large GPU.
@@ -61,7 +61,6 @@ def products_without_graph(
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
     scales: list[float],
-    following: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """x Wᵀ + s (x Aᵀ) Bᵀ + bias of each layer; (T, O) each.
 
@@ -71,7 +70,6 @@ def products_without_graph(
         biases: (O,) each; empty ones, of layers without a bias.
         downs: (r, I) each, peft's A; ups: (O, r) each, peft's B; of rank 0 for layers without an adapter, and the lists empty
             if there is none. They are rounded to x's precision, as in :func:`finesight.models.linear.adapted_products`.
-        following: a matrix that is needed next, of which some may be brought into the cache.
     """
     own_biases = [bias if bias.numel() else None for bias in biases]
     matrices = (x, *weights, *downs, *ups)
@@ -89,7 +87,7 @@ def products_without_graph(
 
         tiles = tiles_for([weight.shape[0] for weight in weights], x.shape[1])
         with torch.cuda.device_of(x):
-            return few_rows_kernels.few_rows_products(x, weights, own_biases, downs, ups, scales, tiles, following)
+            return few_rows_kernels.few_rows_products(x, weights, own_biases, downs, ups, scales, tiles)
     if downs:
         outs, _ = adapted_sums(x, weights, [down.to(x.dtype) for down in downs], [up.to(x.dtype) for up in ups], scales)
         return [out if bias is None else out.add_(bias) for out, bias in zip(outs, own_biases, strict=True)]
@@ -104,6 +102,5 @@ def _(
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
     scales: list[float],
-    following: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]

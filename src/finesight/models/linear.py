@@ -89,18 +89,15 @@ class AccumulatedLinear(PeftLinear):
         super().merge(safe_merge, adapter_names)
 
 
-def project(layers: Sequence[nn.Module], x: torch.Tensor, following: nn.Module | None = None) -> list[torch.Tensor]:
+def project(layers: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """Several linear layers of one input, (…, I) -> (…, O) each.
 
     Where all of them are plainly adapted, x is read once for all their A matrices (and quantised once over float8
     bases), and the gradient of x is accumulated over all their products instead of being summed from separate ones.
     Without a graph on a GPU they are one operator, adapted or not (:mod:`finesight.models.few_rows`).
-
-    Args:
-        following: the linear layer that is computed next, of which that operator may already fetch weights; changes no result.
     """
     if (parts := _parts_without_graph(layers, x)) is not None:
-        return _project_without_graph(*parts, x, _weight_to_fetch(following, x))
+        return _project_without_graph(*parts, x)
     if (products := _products_over(layers)) is not None:
         outs = products(layers, [None] * len(layers), x)
         return [add_bias(out, layer.bias, x) for layer, out in zip(layers, outs, strict=True)]
@@ -144,17 +141,7 @@ def _parts_without_graph(layers: Sequence[nn.Module], x: torch.Tensor) -> tuple[
     return bases, adapters
 
 
-def _weight_to_fetch(following: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
-    """The base weight of a linear layer, where it lies whole beside x."""
-    base = following.base_layer if isinstance(following, AccumulatedLinear) else following
-    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or base.weight.device != x.device:
-        return None
-    return base.weight
-
-
-def _project_without_graph(
-    bases: Sequence[nn.Linear], adapters: Sequence[Adapter | None], x: torch.Tensor, following: torch.Tensor | None
-) -> list[torch.Tensor]:
+def _project_without_graph(bases: Sequence[nn.Linear], adapters: Sequence[Adapter | None], x: torch.Tensor) -> list[torch.Tensor]:
     """(…, I) -> (…, O) each; adapters go in as they are stored."""
     none = x.new_empty(0)
     biases = [none if base.bias is None else base.bias for base in bases]
@@ -164,7 +151,7 @@ def _project_without_graph(
         ups = [like.up.new_empty(base.out_features, 0) if a is None else a.up for base, a in zip(bases, adapters, strict=True)]
         scales = [1.0 if a is None else a.scaling for a in adapters]
     rows = x.reshape(-1, x.shape[-1])
-    outs = products_without_graph(rows, [base.weight for base in bases], biases, downs, ups, scales, following)
+    outs = products_without_graph(rows, [base.weight for base in bases], biases, downs, ups, scales)
     return [out.view(*x.shape[:-1], out.shape[-1]) for out in outs]
 
 

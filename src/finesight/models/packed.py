@@ -357,7 +357,7 @@ def next_projections(
     layer: nn.Module, following: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`finish_layer` of one layer, its result first, and :func:`projections` of the next: what lies between two attentions."""
-    hidden = finish_layer(layer, hidden, mixed, following.self_attn.q_proj)
+    hidden = finish_layer(layer, hidden, mixed)
     return hidden, *projections(following, hidden)
 
 
@@ -366,18 +366,14 @@ def last_states(layer: nn.Module, norm: nn.Module, hidden: torch.Tensor, mixed: 
     return norm(finish_layer(layer, hidden, mixed))
 
 
-def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor, following: nn.Module | None = None) -> torch.Tensor:
-    """What follows attention: output projection and MLP, each added to the residual stream; (T, D).
-
-    Args:
-        following: the linear layer that is computed next, as in :func:`finesight.models.linear.project`.
-    """
-    return run_mlp(layer, hidden + project([layer.self_attn.o_proj], mixed, getattr(layer.mlp, "gate_proj", None))[0], following)
+def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """What follows attention: output projection and MLP, each added to the residual stream; (T, D)."""
+    return run_mlp(layer, hidden + project([layer.self_attn.o_proj], mixed)[0])
 
 
-def run_mlp(layer: nn.Module, hidden: torch.Tensor, following: nn.Module | None = None) -> torch.Tensor:
-    """The second half of a decoder layer, which treats each token by itself: (T, D) -> (T, D); before the linear layer that follows."""
-    return hidden + _run_mlp(layer.mlp, layer.post_attention_layernorm(hidden), following)
+def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The second half of a decoder layer, which treats each token by itself: (T, D) -> (T, D)."""
+    return hidden + _run_mlp(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -387,12 +383,12 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
-def _run_mlp(mlp: nn.Module, states: torch.Tensor, following: nn.Module | None) -> torch.Tensor:
+def _run_mlp(mlp: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """(T, D) -> (T, D)."""
     if hasattr(mlp, "experts"):
         _, weights, chosen = mlp.gate(states)
         if isinstance(mlp.experts, BaseTunerLayer):
             return mlp.experts(states, chosen, weights)  # which leads to the same
         return run_experts(mlp.experts, states, chosen, weights)
-    gate, up = project([mlp.gate_proj, mlp.up_proj], states, mlp.down_proj)
-    return project([mlp.down_proj], mlp.act_fn(gate) * up, following)[0]
+    gate, up = project([mlp.gate_proj, mlp.up_proj], states)
+    return project([mlp.down_proj], mlp.act_fn(gate) * up)[0]
