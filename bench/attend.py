@@ -27,12 +27,10 @@ from finesight.sampling.requests import blocks_for
 # Tokens of a part; and forms of `AttentionTiles`.
 PART_LENGTHS = (PART_TOKENS, 384)
 TILES: tuple[tuple[Any, ...], ...] = (
-    (4, 32, 3, 4, 128, True, 0),
-    (4, 32, 3, 4, 128, False, 0),
-    (4, 32, 3, 4, 128, True, 4),
-    (4, 32, 2, 4, 128, True, 2),
-    (3, 32, 4, 4, 168, True, 2),
-    (2, 64, 3, 4, 255, True, 2),
+    (4, 32, 3, 4, 128, False),
+    (4, 32, 2, 4, 128, True),
+    (3, 32, 4, 4, 168, True),
+    (2, 64, 3, 4, 255, True),
 )
 
 

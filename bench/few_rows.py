@@ -6,8 +6,7 @@ A group is the layers of one input in a decoder layer: queries, keys and values;
 captured as a CUDA graph over so many copies of its weights that none stays in the L2 cache, and told in microseconds for one
 copy and in GB of matrices a second. `separate` is a product of cuBLAS for each layer, with adapters as without kernels for few
 rows; other names are divisions (`Tiles`: outputs, inputs, parts, warps, stages) and how launches follow one another: `in turn`,
-or `ahead` with so many KiB of each program's matrix prefetched (`L`: by cache lines, not by long runs). `then` so many MiB of
-the next group's first matrix are prefetched as programs end. The first is the one that is in use.
+or `ahead`, each begun before the one before it has ended. The first is the one that is in use.
 
 A chain is all groups of several decoder layers in turn; `between` is the same with a small kernel of PyTorch before each group,
 which changes its input as a norm does, and that kernel's time is part of the figure.
@@ -37,9 +36,6 @@ CHAINED_LAYERS = 8
 SHAPES = ((128, 64, 4, 4), (128, 64, 4, 6), (64, 128, 4, 4), (64, 64, 4, 6), (256, 64, 8, 4), (128, 128, 8, 3))
 PROGRAMS = (96, 132, 192)
 MOST_PARTS = 8
-SMALL = (64, 64, 4, 6)  # two programs find room on a processor, and with them the beginning of the next launch
-PREFETCHED = (0, 16, 64, 256)  # KiB
-FOLLOWING = (4, 8, 16, 24)  # MiB
 
 
 class Group:
@@ -70,13 +66,13 @@ class Group:
         downs, ups = ([matrix.to(self.x.dtype) for matrix in matrices[copy]] for matrices in (self.downs, self.ups))
         return adapted_sums(self.x, self.weights[copy], downs, ups, [2.0] * len(self.sizes))[0]
 
-    def streamed(self, copy: int, adapter: bool, tiles: Tiles, following: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """By kernels for few rows, and a matrix that is needed next."""
+    def streamed(self, copy: int, adapter: bool, tiles: Tiles) -> list[torch.Tensor]:
+        """By kernels for few rows."""
         from finesight.models import few_rows_kernels  # needs Triton
 
         count = len(self.sizes)
         adapters = (self.downs[copy], self.ups[copy], [2.0] * count) if adapter else ([], [], [])
-        return few_rows_kernels.few_rows_products(self.x, self.weights[copy], [None] * count, *adapters, tiles, following)
+        return few_rows_kernels.few_rows_products(self.x, self.weights[copy], [None] * count, *adapters, tiles)
 
 
 def divided(sizes: Sequence[int], shape: tuple[int, int, int, int], programs: int) -> Tiles:
@@ -87,18 +83,9 @@ def divided(sizes: Sequence[int], shape: tuple[int, int, int, int], programs: in
 
 
 def followings(used: Tiles) -> Iterator[Tiles]:
-    """A division with every way for launches to follow one another, the one in use first."""
+    """A division with both ways for launches to follow one another, the one in use first."""
     yield used
-    yield used._replace(overlapped=False)
-    others = [used._replace(prefetched=1024 * kib, bulk=bulk) for bulk in (True, False) for kib in PREFETCHED if kib or bulk]
-    yield from (tiles for tiles in others if tiles != used)
-
-
-def followings_in_a_chain(used: Tiles) -> Iterator[Tiles]:
-    """Those, and some that ask for so much of the next group's matrices as they end."""
-    yield from followings(used)
-    yield from (used._replace(following=2**20 * mib) for mib in FOLLOWING)
-    yield used._replace(prefetched=0, following=2**20 * FOLLOWING[-2])
+    yield used._replace(overlapped=not used.overlapped)
 
 
 def divisions(sizes: Sequence[int], inputs: int) -> Iterator[Tiles]:
@@ -109,8 +96,7 @@ def divisions(sizes: Sequence[int], inputs: int) -> Iterator[Tiles]:
 
 
 def label(tiles: Tiles) -> str:
-    how = f"ahead {tiles.prefetched // 1024}{'' if tiles.bulk else 'L'}" if tiles.overlapped else "in turn"
-    return "/".join(map(str, tiles[:5])) + f" {how}" + (f" then {tiles.following // 2**20}M" if tiles.following else "")
+    return "/".join(map(str, tiles[:5])) + (" ahead" if tiles.overlapped else " in turn")
 
 
 def graph_seconds(functions: Sequence[Callable[[], object]]) -> float:
@@ -154,26 +140,21 @@ def measured(group: Group, adapter: bool, stop_at: float) -> Row:
 
 
 def chained(groups: Sequence[Group], adapter: bool, between: bool, stop_at: float) -> Row:
-    """Figures of one decoder layer's groups in turn, by the divisions in use and by small ones."""
+    """Figures of one decoder layer's groups in turn, by the divisions in use."""
 
     def seconds(all_tiles: Sequence[Tiles]) -> float:
         def layer(copy: int) -> None:
-            for place, (group, tiles) in enumerate(zip(groups, all_tiles, strict=True)):
+            for group, tiles in zip(groups, all_tiles, strict=True):
                 if between:
                     group.x.mul_(1)
-                after = copy * len(groups) + place + 1
-                following = groups[after % len(groups)].weights[after // len(groups) % CHAINED_LAYERS][0]
-                group.streamed(copy, adapter, tiles, following)
+                group.streamed(copy, adapter, tiles)
 
         return graph_seconds([partial(layer, copy) for copy in range(CHAINED_LAYERS)])
 
     used = [tiles_for(group.sizes, group.inputs) for group in groups]
-    halves = [divided(group.sizes, SMALL, PROGRAMS[1]) for group in groups]
-    small = [half if tiles.outputs <= half.outputs else tiles for half, tiles in zip(halves, used, strict=True)]
     ways = {}
-    for name, of_groups in (("in use", used), ("small", small)):
-        for following in zip(*(followings_in_a_chain(tiles) for tiles in of_groups), strict=True):
-            ways[name + ": " + label(following[0]).partition(" ")[2]] = partial(seconds, following)
+    for following in zip(*(followings(tiles) for tiles in used), strict=True):
+        ways[label(following[0]).partition(" ")[2]] = partial(seconds, following)
     return {"us_and_gb_s": figures(ways, sum(group.bytes(adapter) for group in groups), stop_at)}
 
 

@@ -8,8 +8,7 @@ computed for each of them: a part is found in one read, a block in one look at t
 operand of each product, so that queries, of which there are few, lie along the side that matrix units take in eights.
 
 Launches overlap on Hopper and newer as those of :mod:`finesight.models.few_rows_kernels`, and for the same reasons safely: what a program
-reads before it waits (the list of parts, tables) was written before the kernel ahead of its own began, and keys of prompts are only
-asked for.
+reads before it waits (the list of parts, tables) was written before the kernel ahead of its own began.
 
 Imported only where there is a GPU, since Triton is.
 """
@@ -40,7 +39,6 @@ class AttentionTiles(NamedTuple):
     warps: int  # of a program
     registers: int  # of a thread
     overlapped: bool = True  # each launch begins before the one ahead of it has ended, where the GPU can
-    prefetched: int = 2  # tiles of a program's first part, if it is of a prompt, that it has brought into the L2 cache meanwhile
 
 
 # The fastest of those measured for Qwen3-VL-4B on an H200 (bench/attend.py); and what shared memory holds of float32.
@@ -101,7 +99,7 @@ def decode_attention(
         OWN_BLOCK=max(16, triton.next_power_of_2(shared)),
         SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tiles.tokens, PARTS=most, FIELDS=PART_FIELDS,
         PLACE=tl.int32 if keys.numel() < 2**31 else tl.int64, num_warps=tiles.warps, num_stages=tiles.stages,
-        maxnreg=tiles.registers, PREFETCHED=tiles.prefetched, **launched,
+        maxnreg=tiles.registers, **launched,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
         part_out, part_logsumexp, parts.of_row, out,
@@ -177,7 +175,7 @@ def _attend_kernel(
     slot_stride, group_stride, table_stride,
     GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr, OWN_BLOCK: tl.constexpr,
     SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
-    PREFETCHED: tl.constexpr, OVERLAPPED: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     program, programs, items = tl.program_id(0), tl.num_programs(0), tl.load(number).to(tl.int32) * GROUPS
     # Neighbouring programs read neighbouring groups of the same tokens. The longest parts come first, and every second round goes
@@ -187,19 +185,19 @@ def _attend_kernel(
         line, group = lines + (item // GROUPS) * (FIELDS + BUNDLE), item % GROUPS
         of_prompt = tl.load(line + 4, mask=item < items, other=0)
         if of_prompt:
-            _attend_part(query, keys, values, table, line, group, begin == 0, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
-                         GROUPS, SHARED, BUNDLE, QUERIES_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, PREFETCHED, OVERLAPPED)  # fmt: skip
+            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, BUNDLE, QUERIES_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, OVERLAPPED)  # fmt: skip
         elif item < items:
-            _attend_part(query, keys, values, table, line, group, begin == 0, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
-                         GROUPS, SHARED, 1, OWN_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, 0, OVERLAPPED)  # fmt: skip
+            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, 1, OWN_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, OVERLAPPED)  # fmt: skip
 
 
 @triton.jit
 def _attend_part(
-    query, keys, values, table, line, group, first_round, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+    query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
     GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr,
     SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
-    PREFETCHED: tl.constexpr, OVERLAPPED: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One group of heads of one part, for the queries of a bundle or of a single row."""
     place = tl.arange(0, QUERIES_BLOCK)
@@ -215,12 +213,6 @@ def _attend_part(
     wanted = (channel < SIZE)[:, None] & asking[None, :]
     own_keys, own_values = keys + group * group_stride, values + group * group_stride
     if OVERLAPPED:
-        # What was written of a prompt was written before this step; tables and parts at its beginning.
-        if first_round:
-            for tile in tl.static_range(PREFETCHED):
-                some_slots = slots if tile == 0 else _slots(blocks, first + tile * TOKENS, last, slot_stride, BLOCK, TOKENS, PLACE)
-                _prefetch(own_keys + some_slots, SIZE)
-                _prefetch(own_values + some_slots, SIZE)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     asked = tl.load(query + owner[None, :] * SIZE + channel[:, None], mask=wanted, other=0.0)
@@ -246,21 +238,6 @@ def _attend_part(
     place_out = owner * PARTS + part
     tl.store(part_out + place_out[None, :].to(tl.int64) * SIZE + channel[:, None], mixed * (1.0 / total)[None, :], mask=wanted)
     tl.store(part_logsumexp + place_out, largest * scale + tl.log2(total), mask=asking)
-
-
-@triton.jit
-def _prefetch(places, SIZE: tl.constexpr):
-    """Asks for so many channels at each of the places, as a hint to the L2 cache."""
-    length: tl.constexpr = SIZE * places.dtype.element_ty.primitive_bitwidth // 8
-    if length % 16 == 0:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-            "=r,l,r",
-            [places.to(tl.int64), length],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit

@@ -6,18 +6,12 @@ second launch joins the partial sums and adds B's share and the bias before the 
 operand of each product, so that rows lie along the side that matrix units take in eights: what kind of unit is used, and
 in which order a sum is formed, depends on the weights' shapes alone and not on the rows, nor on how many there are.
 
-Launches overlap on Hopper and newer (programmatic dependent launch): a program may start while the kernel ahead of its own
-still runs, then has the beginning of its matrix brought into the L2 cache, and waits. That is safe because
-
-- every program waits (`gdc_wait`) before it reads what a kernel may have written, and before it writes anything: all that came
-  before has then ended, since no kernel ends without having waited itself, whether it is one of these or an ordinary one;
-- what comes before the wait is a hint to the L2 cache, through which all processors read and write: were a matrix written at that
-  time, the product would still read what was written last;
-- `_stream_kernel` lets the next one start only after its own wait, so that `_join_kernel` runs beside it alone, and may read B and the
-  bias, which it does not write, before it waits for the sums.
-
-Kernels of others that lie between (norms, attention) need no change: launched without the attribute, they start as ever. So that memory
-is read even while they run, programs may ask for a share of the matrix that is needed next as they end, likewise as a hint.
+Launches overlap on Hopper and newer (programmatic dependent launch): a program may start while the kernel ahead of its own still runs,
+and waits. That is safe because every program waits (`gdc_wait`) before it reads what an earlier kernel may have written, and before it
+writes anything: all that came before has then ended, since no kernel ends without having waited itself, whether it is one of these or an
+ordinary one. Each lets the next one start only after its own wait, so that `_join_kernel` runs beside its `_stream_kernel` alone, and may
+read B, which that does not write, before it waits for the sums. Weights brought into the cache ahead of the wait, of the same product or
+of the next, made a step no shorter on an H200.
 
 Imported only where there is a GPU, since Triton is. No atomics: a run repeats bit by bit.
 """
@@ -35,11 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from finesight.models.few_rows import MOST_LAYERS, Tiles
+from finesight.models.few_rows import MOST_LAYERS, Tiles, stages_that_fit
 
 _JOINED_OUTPUTS = 16  # of a program of the second launch: many small ones, since each of them waits for memory
-_CACHE_LINE = tl.constexpr(128)  # bytes
-_CHUNK_THREADS = tl.constexpr(8)  # that ask for the same run of bytes; within a warp, for which it is one request
 
 
 def few_rows_products(
@@ -50,7 +42,6 @@ def few_rows_products(
     ups: Sequence[torch.Tensor],
     scales: Sequence[float],
     tiles: Tiles,
-    following: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """x Wᵀ + s (x Aᵀ) Bᵀ + bias of each layer, summed in float32 and rounded once; (T, O) each.
 
@@ -61,7 +52,6 @@ def few_rows_products(
         downs: (r, I) each; ups: (O, r) each; r may be 0. In any one precision: they are rounded to that of x as they are read.
             All three of downs, ups and scales may be empty. Every matrix is contiguous.
         tiles: for these shapes, whatever the number of rows.
-        following: a matrix that will be needed next, so that memory is read while small kernels run in between.
     """
     (rows, inputs), layers = x.shape, len(weights)
     row_block, rank = max(16, triton.next_power_of_2(rows)), max((down.shape[0] for down in downs), default=0)  # matrix units want 16
@@ -76,18 +66,14 @@ def few_rows_products(
     left = x.new_empty((parts, adapters, rank_block, row_block), dtype=torch.float32)
     shapes = (rows, *_padded(sizes), *_padded([down.shape[0] for down in downs] if rank else [0]), adapters)
     results = (*_padded(biases), *_padded(outs))
-    matrices = (*weights, *downs[:adapters])
-    aligned = all(matrix.data_ptr() % 16 == 0 and inputs * matrix.element_size() % 16 == 0 for matrix in matrices)
+    down_block = rank_block if rank else 0
+    stages = stages_that_fit(tiles, row_block, down_block, downs[0].element_size() if rank else 0, shared_bytes(x.device))
     overlapped = tiles.overlapped and can_overlap(x.device)
-    share, chunks = 0, 32 * tiles.warps // _CHUNK_THREADS.value
-    if following is not None and following.data_ptr() % 16 == 0:
-        share = min(tiles.following, following.nbytes) // ((adapters + ends[-1]) * parts * chunks * 16) * chunks * 16
     launched = {"OVERLAPPED": True, "launch_pdl": True} if overlapped else {"OVERLAPPED": False}
     _stream_kernel[adapters + ends[-1], parts](
         x, *_padded(weights), *_padded(downs if rank else weights), *results, partial, left, *shapes, *_padded(ends), inputs, part_inputs,
-        tiles.prefetched if aligned or not tiles.bulk else 0, x if following is None else following, share,
         ROWS=row_block, OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, RANKS=rank_block, ADAPTED=rank > 0, JOINED=joined,
-        EVEN=inputs % tiles.inputs == 0, BULK=tiles.bulk, CHUNKS=chunks, num_warps=tiles.warps, num_stages=tiles.stages, **launched,
+        EVEN=inputs % tiles.inputs == 0, num_warps=tiles.warps, num_stages=stages, **launched,
     )  # fmt: skip
     if joined:
         _join_kernel[(triton.cdiv(ends[-1] * tiles.outputs, _JOINED_OUTPUTS),)](
@@ -96,6 +82,13 @@ def few_rows_products(
             ROWS=row_block, JOINED_OUTPUTS=_JOINED_OUTPUTS, RANKS=rank_block, ADAPTED=rank > 0, PARTS=parts, num_warps=4, **launched,
         )  # fmt: skip
     return outs
+
+
+@lru_cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may use."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @lru_cache
@@ -110,15 +103,15 @@ def _padded(items: Sequence[Any]) -> list[Any]:
 
 
 # Not specialised: kernels would be compiled anew for a single row, or for numbers that 16 happens to divide.
-_COUNTS = ["rows", "adapters", "end_0", "end_1", "end_2", "prefetched", "share"]
+_COUNTS = ["rows", "adapters", "end_0", "end_1", "end_2"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _stream_kernel(
     x, weight_0, weight_1, weight_2, down_0, down_1, down_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, partial, left,
-    rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, adapters, end_0, end_1, end_2, inputs, part_inputs, prefetched, following, share,
+    rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, adapters, end_0, end_1, end_2, inputs, part_inputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, JOINED: tl.constexpr,
-    EVEN: tl.constexpr, BULK: tl.constexpr, CHUNKS: tl.constexpr, OVERLAPPED: tl.constexpr,
+    EVEN: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, or all of an A matrix, over one part of the inputs."""
     part = tl.program_id(1)
@@ -134,7 +127,8 @@ def _stream_kernel(
             down, rank = down_2, rank_2
         if rank > 0:
             if OVERLAPPED:
-                _prefetch_and_wait(down, 0, rank, inputs, begin, end, prefetched, RANKS, BULK)
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
             inner = _product(x, down, 0, rank, rows, inputs, begin, end, ROWS, RANKS, INPUTS, EVEN)
             _store_whole(left, (part * adapters + layer).to(tl.int64), inner, ROWS, RANKS)
     else:
@@ -144,10 +138,9 @@ def _stream_kernel(
         if tile >= end_1:
             weight, size, first = weight_2, size_2, (tile - end_1) * OUTPUTS
         if OVERLAPPED:
-            _prefetch_and_wait(weight, first, size, inputs, begin, end, prefetched, OUTPUTS, BULK)
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         total = _product(x, weight, first, size, rows, inputs, begin, end, ROWS, OUTPUTS, INPUTS, EVEN)
-        if OVERLAPPED and share > 0:
-            _prefetch_share(following, share, part * tl.num_programs(0) + tl.program_id(0), CHUNKS)
         if JOINED:
             _store_whole(partial, (part * end_2 + tile).to(tl.int64), total, ROWS, OUTPUTS)
         elif tile < end_0:
@@ -198,39 +191,6 @@ def _join(
     if ADAPTED:
         total = _add_delta(total, left, some_up, scale, rank, layer, adapters, ROWS, RANKS, PARTS)
     _finish(total, bias, out, first, size, rows, ROWS, LINES)
-
-
-@triton.jit
-def _prefetch_and_wait(matrix, first, lines, inputs, begin, end, prefetched, LINES: tl.constexpr, BULK: tl.constexpr):
-    """Asks for the beginning of each line's part, so many bytes of all lines together; then waits for all earlier kernels."""
-    item: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth // 8
-    length = tl.minimum(prefetched // LINES, (end - begin) * item)
-    line = tl.minimum(tl.arange(0, LINES), lines - 1 - first)
-    places = (matrix + tl.cast(first, tl.int64) * inputs + begin + line * inputs).to(tl.int64)
-    if BULK:
-        whole = length // 16 * 16
-        if whole > 0:
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [places, whole], tl.int32, is_pure=False, pack=1
-            )
-    else:
-        for start in range(0, length, 4 * _CACHE_LINE):
-            offset = tl.minimum(start + tl.arange(0, 4) * _CACHE_LINE, length - 1)
-            some_places = places[:, None] + offset[None, :]
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [some_places], tl.int32, is_pure=False, pack=1)
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def _prefetch_share(matrix, share, place, CHUNKS: tl.constexpr):
-    """Asks for one of many runs of bytes of a matrix, in chunks of whole 16."""
-    chunk = tl.arange(0, CHUNKS * _CHUNK_THREADS) // _CHUNK_THREADS
-    length = share // CHUNKS
-    places = matrix.to(tl.int64) + tl.cast(place, tl.int64) * share + chunk * length
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r", [places, length], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
