@@ -114,7 +114,7 @@ class PackedModel(nn.Module):
         """
         if self._decoding is None:
             say = _once(say)
-            self._decoding = [CompiledFunction(function, say) for function in functions]
+            self._decoding = [CompiledFunction(function, say, overlapped=True) for function in functions]
         return self._decoding
 
     def add_unit(self, unit: ShardedUnit) -> None:
