@@ -205,7 +205,7 @@ class Runner:
         here = provenance()
         model = self.model if any("{model}" in argument for argument in run.arguments) else None
         for path in sorted(self.a.results.glob("*.json")):
-            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])  # other results may lie beside
             found = next((row for row in rows if "module" in row and _is_same(row, key, model, here, theirs=run.module in PEERS)), None)
             if found is None:
                 continue

@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import models
 from bench.checkpoint import write_processor
 from bench.group_prompts import conversations, encoded
-from bench.profile_step import STEP, figures_of
+from bench.profile_step import profiled
 from bench.roofline import COPY_BYTES, copy_rate, seconds_of
 from bench.rows import Row, emit, failed, part, significant
 from bench.workload import TINY_GROUP, GroupSetting
@@ -40,7 +39,7 @@ from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import keep_compiled_code
-from finesight.models.decoding import BLOCK_TOKENS, block_bytes, bundles_of, decode_attention
+from finesight.models.decoding import BLOCK_TOKENS, block_bytes, decode_attention, divide_attention
 from finesight.models.packed import PackedModel
 from finesight.recipe import Recipe
 from finesight.recipe_files import load_recipe
@@ -139,7 +138,7 @@ class DecodeBench:
             if not graphs:
                 yield failed({**common, "what": "profile"}, "there is no step to profile")
                 return
-            yield self._part({**common, "what": "profile"}, lambda: profiled(graphs[0], self.a.device))
+            yield self._part({**common, "what": "profile"}, lambda: profile_of(graphs[0], self.a.device))
 
     def clear(self) -> None:
         """Lets go of everything but the model."""
@@ -248,9 +247,9 @@ class DecodeBench:
         inputs = {m.in_features: torch.randn(count, m.in_features, **like) for m in (*linears, packed.base.lm_head)}
 
         def attention() -> None:
-            bundles = bundles_of(rows.table, rows.prompt_blocks)
+            parts = divide_attention(rows.table, rows.prompt_blocks, rows.lengths) if query.is_cuda else None
             for keys, values in zip(engine.pool.keys, engine.pool.values, strict=True):
-                decode_attention(query, keys, values, rows.table, rows.lengths, bundles, text.layers[0].self_attn.scaling)
+                decode_attention(query, keys, values, rows.table, rows.lengths, parts, text.layers[0].self_attn.scaling)
 
         def products() -> None:
             for linear in (*linears, packed.base.lm_head):
@@ -330,21 +329,10 @@ class StepGraph:
         return seconds_of(self.run, self.device, repeats=20 if self.graph is not None else 3)
 
 
-def profiled(graph: StepGraph, device: str) -> Row:
-    """What one run spends its time on, by kernel (on a CPU by operator); where a replay tells no kernels, those of a run without the graph."""
-    row = {"replayed": graph.graph is not None, **_profiled(graph.run, device)}
-    return row if row["launches"] else {"replayed": False, **_profiled(graph.function, device)}
-
-
-def _profiled(run: Callable[[], object], device: str) -> Row:
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with profile(activities=activities):  # the first start takes long
-        run()
-    with profile(activities=activities) as recorded, record_function(STEP):
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    return figures_of(recorded, device == "cuda", KERNELS)
+def profile_of(graph: StepGraph, device: str) -> Row:
+    """What one run spends its time on; where a replay tells no kernels, those of a run without the graph."""
+    row = {"replayed": graph.graph is not None, **profiled(graph.run, device, KERNELS)}
+    return row if row["launches"] else {"replayed": False, **profiled(graph.function, device, KERNELS)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -353,6 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64, help="completions side by side")
     parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiled-only", action="store_true")
     parser.add_argument("--time-limit", type=float, default=75, help="seconds after which no further part begins")
     parser.add_argument("--tiny", action="store_true", help="only try it: the tiny model of the family, few rows, nothing compiled")
     a = parser.parse_args(arguments)
@@ -374,6 +363,8 @@ def main(arguments: list[str] | None = None) -> None:
             recipe = load_recipe(None, [f"model.name_or_path={write_processor(a.model, folder, a.bpe)}", "training.output_dir=none"])
             bench = DecodeBench(a, load_processor(folder, data=recipe.data), recipe, bytes_s, row)
             for form in FORMS:
+                if a.compiled_only and not form.compiled:
+                    continue
                 if a.tiny and form.compiled:
                     continue  # takes longer on a CPU than all else together
                 for measured in bench.rows(form):

@@ -1,10 +1,13 @@
 """The update of reinforcement by itself: shared prompts against prompts computed anew for each completion. Lines of JSON.
 
-    python -m bench.group_update --model qwen3-vl-4b --bpe qwen.tiktoken --compile
+    python -m bench.group_update --model qwen3-vl-4b --bpe qwen.tiktoken --compile [--profile]
 
 Completions are fixed random tokens, advantages and old log-probabilities are fixed too, so that both forms have the same
 targets, the same loss and the same gradients; row `grpo_compared` says how near they are. A step (`grpo_update`) is one group,
-with --compile several: forward and backward pass of its packs, clipping, and the optimizer's step; the tower is computed in it, once for each pack.
+with --compile several: forward and backward pass of its packs, clipping, and the optimizer's step; the tower is computed in it, once for each pack,
+but for the forms of `kept_features`, which take the images' features as a rollout leaves them to the update of a run.
+Each form starts from the same adapters. With --profile, row `grpo_profile` tells for each form how long the parts of a step take,
+each waited for by itself, and names the kernels of one step.
 Activation memory is the peak of a step over what is allocated before it. Row `grpo_memory`: the same for larger groups under the
 activation policy full, in one pack and split over several.
 """
@@ -29,10 +32,12 @@ import torch
 from bench import models
 from bench.checkpoint import write_processor
 from bench.group_prompts import completions, conversations, encoded
+from bench.profile_step import profiled
 from bench.rows import Row, emit, failed, part, significant
 from bench.workload import TINY_GROUP, GroupSetting
 from finesight.data.batch import PackedBatch, Scoring
 from finesight.data.feed import Feed, Step
+from finesight.data.kept import use_kept
 from finesight.data.pack import PackPlan
 from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
@@ -53,6 +58,8 @@ WARM, STEPS = 2, 4
 ONE_PACK = 1 << 14  # token budget that takes a group of 8 unshared, or one of 32 shared
 SIZES = (4, 32)  # of groups, whose memory is compared
 GROUPS = 4  # of a step whose time is taken with compiled layers
+KERNELS = 30  # named in a profile
+PARTS = ("tower", "forward", "scoring", "loss and its gradient", "backward", "collecting gradients", "clipping and update")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Form:
     token_budget: int = ONE_PACK
     generations: int = 8
     groups: int = 1  # of a step, each about an image of its own
+    kept_features: bool = False  # of the images, as a rollout leaves them to the update of a run; otherwise the tower is part of the step
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +113,7 @@ class UpdateBench:
                 if ".lora_B." in name:  # zeros otherwise, which leave A without gradients
                     parameter.normal_(0, 0.01, generator=generator)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.at_first = [parameter.detach().clone() for parameter in self.trained]
         self.prompts = encoded(processor, conversations(processor, a.setting, GROUPS))
         self.groups: dict[tuple[int, int], tuple[list[Sample], dict[Sample, About]]] = {}  # by place and the number of completions
         self.split = replace(a.setting, generations=8).group_tokens  # token budget: a pack takes 8 completions
@@ -129,7 +138,8 @@ class UpdateBench:
             about |= known
         plan, feed = self.plan(samples, form), self.feed(form, packed)
         step = feed.build(plan)
-        packs = [self.with_targets(pack, chosen, about).to(packed.device) for pack, chosen in zip(step.packs, plan.plans, strict=True)]
+        packs = [self.with_targets(pack, chosen, about) for pack, chosen in zip(step.packs, plan.plans, strict=True)]
+        packs = [self.with_features(pack, packed) if form.kept_features else pack.to(packed.device) for pack in packs]
         return replace(step, packs=packs, plan=plan)
 
     def group(self, place: int, generations: int) -> tuple[list[Sample], dict[Sample, About]]:
@@ -191,13 +201,18 @@ class UpdateBench:
         )
         return replace(pack, scoring=self.scoring(entropies=True), about_targets=table)
 
+    def with_features(self, pack: PackedBatch, packed: PackedModel) -> PackedBatch:
+        """The pack on the device, its images' features computed beforehand."""
+        with torch.no_grad():
+            features = packed.visual_features(pack.to(packed.device))
+        if features is None:
+            raise ValueError("the pack has no images")
+        kept = use_kept(pack, set(pack.item_keys), packed.tower_shape).to(packed.device)
+        return replace(kept, stored=torch.stack([features.merged, *features.deepstack]))
+
     def gradients(self, packed: PackedModel, step: Step, optimizer: StepOptimizer | None = None) -> torch.Tensor:
         """Adds up the gradients of a step; returns its loss."""
-        grpo, rollout = self.recipe.grpo, self.recipe.rollout
-        if grpo is None or rollout is None:
-            raise ValueError("the recipe is not of reinforcement")
-        algorithm = GRPO(grpo, rollout.max_completion_length)
-        algorithm.begin(step)
+        algorithm = self.algorithm(step)
         losses = []
         for pack in step.packs:
             loss = algorithm.loss(packed(pack), pack, step)
@@ -207,29 +222,55 @@ class UpdateBench:
                 optimizer.collect_gradients()
         return torch.stack(losses).sum()
 
+    def algorithm(self, step: Step) -> GRPO:
+        """Of the recipe, at the beginning of a step."""
+        grpo, rollout = self.recipe.grpo, self.recipe.rollout
+        if grpo is None or rollout is None:
+            raise ValueError("the recipe is not of reinforcement")
+        algorithm = GRPO(grpo, rollout.max_completion_length)
+        algorithm.begin(step)
+        return algorithm
+
+    def optimizer(self) -> StepOptimizer:
+        """A new one, and the adapters as they were at first: no form goes on from where another has trained them to."""
+        with torch.no_grad():
+            for parameter, value in zip(self.trained, self.at_first, strict=True):
+                parameter.copy_(value)
+        return StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
+
+    def update(self, optimizer: StepOptimizer) -> None:
+        """What follows the gradients of a step."""
+        optimizer.clip_gradients(self.recipe.training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
     # --- what is measured ---------------------------------------------------------------------------------------
 
-    def rows(self, *, compiled: bool) -> Iterator[Row]:
+    def rows(self, *, compiled: bool, profile: bool) -> Iterator[Row]:
         """All rows, what takes least first; what fails is a row, and the others go on.
 
         With compiled layers the time of steps of several groups alone: one group does not keep a large GPU busy.
         """
         if compiled:
-            yield from self._timed([Form(shared, "selective", True, groups=GROUPS) for shared in (True, False)])
+            for kept in (True, False):
+                forms = [Form(shared, "selective", True, groups=GROUPS, kept_features=kept) for shared in (True, False)]
+                yield from self._timed(forms, profile and kept)
             return
         yield self._part({"row": "grpo_compared"}, self.compared)
-        yield from self._timed([Form(shared, "selective", False) for shared in (True, False)])
+        yield from self._timed([Form(shared, "selective", False) for shared in (True, False)], profile)
         for budget in (self.split, ONE_PACK):
             for generations in SIZES:
                 form = Form(True, "full", False, budget, generations)
                 yield self._part({"row": "grpo_memory", **self._settings(form)}, partial(self.measured, form, warm=1, steps=1))
 
-    def _timed(self, forms: Sequence[Form]) -> Iterator[Row]:
+    def _timed(self, forms: Sequence[Form], profile: bool) -> Iterator[Row]:
         for form in forms:
             yield self._part({"row": "grpo_update", **self._settings(form)}, partial(self.measured, form, WARM, STEPS))
+            if profile:
+                yield self._part({"row": "grpo_profile", **self._settings(form)}, partial(self.profiled, form))
 
     def _settings(self, form: Form) -> Row:
-        names = ("shared", "policy", "compiled", "token_budget", "generations", "groups")
+        names = ("shared", "policy", "compiled", "token_budget", "generations", "groups", "kept_features")
         return {name: getattr(form, name) for name in names}
 
     def _part(self, row: Row, measure: Callable[[], Row]) -> Row:
@@ -272,7 +313,7 @@ class UpdateBench:
         """Seconds of an update, and the memory that it takes beyond what is there."""
         packed = self.packed(form)
         step = self.step_of(form, packed)
-        optimizer = StepOptimizer(self.model.named_parameters(), self.recipe.training, self.recipe.tuning.bf16_updates)
+        optimizer = self.optimizer()
         seconds, losses = [], []
         before = peak = 0
         for number in range(warm + steps):
@@ -283,9 +324,7 @@ class UpdateBench:
                 torch.cuda.reset_peak_memory_stats()
             begun = time.perf_counter()
             loss = self.gradients(packed, step, optimizer)
-            optimizer.clip_gradients(self.recipe.training.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            self.update(optimizer)
             losses.append(float(loss))  # waits for the device, as the loop does
             seconds.append(time.perf_counter() - begun)
         if self.on_gpu:
@@ -305,6 +344,53 @@ class UpdateBench:
             ),
             **({"before_gib": round(before / GIB, 4), "activations_gib": round((peak - before) / GIB, 4)} if self.on_gpu else {}),
         }
+
+    def profiled(self, form: Form) -> Row:
+        """Seconds of the parts of an update, and the kernels of one."""
+        packed = self.packed(form)
+        step, optimizer = self.step_of(form, packed), self.optimizer()
+
+        def whole() -> None:
+            self.gradients(packed, step, optimizer)
+            self.update(optimizer)
+
+        whole()  # compiles what is not yet compiled
+        parts = [self.parts(packed, step, optimizer) for _ in range(STEPS)]
+        medians = {name: significant(statistics.median(part[name] for part in parts)) for name in parts[0]}
+        return {"parts_s": medians, **profiled(whole, self.a.device, KERNELS)}
+
+    def parts(self, packed: PackedModel, step: Step, optimizer: StepOptimizer) -> dict[str, float]:
+        """Seconds of each part of an update, over all its packs; the device is waited for after each. The tower is part of `forward` too."""
+        algorithm, seconds = self.algorithm(step), dict.fromkeys(PARTS, 0.0)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        last = time.perf_counter()
+
+        def note(name: str) -> None:
+            nonlocal last
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            seconds[name] += now - last
+            last = now
+
+        for pack in step.packs:
+            packed.visual_features(pack)
+            note("tower")
+            states = packed.target_states(pack)
+            note("forward")
+            leaf = states.detach().requires_grad_()
+            scores = packed.score(leaf, pack)
+            note("scoring")
+            algorithm.loss(scores, pack, step).backward()
+            note("loss and its gradient")
+            states.backward(leaf.grad)
+            note("backward")
+            optimizer.collect_gradients()
+            note("collecting gradients")
+        self.update(optimizer)
+        note("clipping and update")
+        return seconds
 
 
 def recipe_of(checkpoint: Path, setting: GroupSetting) -> Recipe:
@@ -326,6 +412,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="the time of steps of several groups, with compiled layers, in place of the rest"
     )
+    parser.add_argument("--profile", action="store_true", help="for each form, too, where a step spends its time")
     parser.add_argument("--bpe", type=Path, help="the file qwen.tiktoken")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--time-limit", type=float, default=100, help="seconds after which no further part begins")
@@ -344,7 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
                 keep_compiled_code()
             recipe = recipe_of(write_processor(a.model, folder, a.bpe), a.setting)
             bench = UpdateBench(a, load_processor(folder, data=recipe.data), recipe, common)
-            for row in bench.rows(compiled=a.compile):
+            for row in bench.rows(compiled=a.compile, profile=a.profile):
                 emit(row)
     except Exception as error:
         emit(failed({**common, "row": "grpo_compared"}, error))

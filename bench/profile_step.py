@@ -124,6 +124,18 @@ def _operators(recorded: profile, most: int) -> Row:
     return {**summary(operators, whole, sum(operator.us for operator in operators), most), "launches": launches}
 
 
+def profiled(run: Callable[[], object], device: str, most: int = 5) -> Row:
+    """What one call spends its time on, by kernel (on a CPU by operator)."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities):  # the first start takes long
+        run()
+    with profile(activities=activities) as recorded, record_function(STEP):
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return figures_of(recorded, device == "cuda", most)
+
+
 class StepProfile:
     """Profiles one step: from `number` steps being done to one more."""
 

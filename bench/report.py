@@ -252,7 +252,7 @@ def _decoding(measured: Sequence[Row]) -> str:
         for row in measured
         if row.get("what") == "copy" and "gb_s" in row
     ]
-    return "\n".join(["\n".join(copies) + "\n", table(head, lines), *(_decode_profile(row) for row in profiles)])
+    return "\n".join(["\n".join(copies) + "\n", table(head, lines), *(_kernels_of_a_step(row, _form(row)) for row in profiles)])
 
 
 def _form(row: Row) -> str:
@@ -261,12 +261,12 @@ def _form(row: Row) -> str:
     return f"{'with an adapter' if row['adapter'] else 'base alone'}, {'compiled' if row['compiled'] else 'not compiled'}"
 
 
-def _decode_profile(row: Row) -> str:
+def _kernels_of_a_step(row: Row, form: str) -> str:
     largest = [
         [f"`{cost['name']}`", cost["group"], f"{1e3 * cost['seconds']:.3g}", f"{100 * cost['share']:.1f}%", f"{cost['calls']:,}"]
         for cost in row["largest"]
     ]
-    title = f"Kernels of one step, {row['model']}, {_form(row)} ({row['launches']:,} launches, {1e3 * row['step_s']:.3g} ms):"
+    title = f"Kernels of one step, {row['model']}, {form} ({row['launches']:,} launches, {1e3 * row['step_s']:.3g} ms):"
     return f"{title}\n\n" + table(["kernel", "what", "ms", "share of the step", "launches"], largest)
 
 
@@ -292,7 +292,19 @@ def _update_form(row: Row) -> str:
     if "shared" not in row:
         return row["label"]
     compiled = "compiled" if row["compiled"] else "not compiled"
-    return f"{'prompt shared' if row['shared'] else 'nothing shared'}, policy {row['policy']}, packs of {row['token_budget']:,} tokens, {compiled}"
+    features = ", images' features kept" if row.get("kept_features") else ""
+    shared = "prompt shared" if row["shared"] else "nothing shared"
+    return f"{shared}{features}, policy {row['policy']}, packs of {row['token_budget']:,} tokens, {compiled}"
+
+
+def _update_profiles(measured: Sequence[Row]) -> str:
+    """Parts of updates, each waited for by itself, and kernels of one."""
+    done = [row for row in measured if not row.get("failed")]
+    lines = [[row["model"], _update_form(row), f"failed: {row['reason']}", ""] for row in measured if row.get("failed")]
+    lines += [[row["model"], _update_form(row), part, f"{1e3 * seconds:.3g}"] for row in done for part, seconds in row["parts_s"].items()]
+    return "\n".join(
+        [table(["model", "form", "part of an update", "ms"], lines), *(_kernels_of_a_step(row, _update_form(row)) for row in done)]
+    )
 
 
 def _update_comparisons(measured: Sequence[Row]) -> str:
@@ -319,6 +331,7 @@ _TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "grpo_update": _updates,
     "grpo_memory": _updates,
     "grpo_compared": _update_comparisons,
+    "grpo_profile": _update_profiles,
     "grpo_step": lambda measured: table(*steps_report.grpo_steps(measured)),
     "serve": lambda measured: table(*steps_report.serving(measured)),
 }

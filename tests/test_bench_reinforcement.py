@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -101,7 +102,7 @@ def found() -> list[rows.Row]:
     """Rows of `bench.group_update`."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        group_update.main(["--device", "cpu", "--tiny"])
+        group_update.main(["--device", "cpu", "--tiny", "--profile"])
     return [row for line in output.getvalue().splitlines() if (row := rows.parse(line)) is not None]
 
 
@@ -110,6 +111,25 @@ class TestUpdate:
         (compared,) = (row for row in found if row["row"] == "grpo_compared")
         assert compared["loss_apart"] < 1e-6 and compared["gradients_apart"] < 1e-5
         assert compared["gradient_norm"] > 0 and compared["loss_shared"] != 0
+
+    def test_no_form_goes_on_from_where_another_trained_to(self, found: list[rows.Row]) -> None:
+        one, other = (row["losses"] for row in found if row["row"] == "grpo_update")
+        assert one == pytest.approx(other, abs=1e-6) and one[0] != one[1]
+
+    def test_features_that_are_kept_change_no_loss(self, tmp_path: Path) -> None:
+        a = argparse.Namespace(model="tiny-qwen3-vl", device="cpu", setting=TINY_GROUP)
+        recipe = group_update.recipe_of(write_processor(a.model, tmp_path, None), a.setting)
+        bench = group_update.UpdateBench(a, load_processor(str(tmp_path), data=recipe.data), recipe, {})
+        forms = [group_update.Form(True, "selective", False, kept_features=kept) for kept in (False, True)]
+        one, other = (bench.measured(form, 0, 2)["losses"] for form in forms)
+        assert one == pytest.approx(other, abs=1e-6)
+
+    def test_a_profile_tells_parts_of_a_step_and_operators(self, found: list[rows.Row]) -> None:
+        profiles = [row for row in found if row["row"] == "grpo_profile"]
+        assert [row["shared"] for row in profiles] == [True, False]
+        for row in profiles:
+            assert set(row["parts_s"]) == set(group_update.PARTS) and min(row["parts_s"].values()) > 0
+            assert row["groups"]["matrix products"]["seconds"] > 0 and len(row["largest"]) == group_update.KERNELS
 
     def test_a_prompt_is_computed_once_or_for_each_completion(self, found: list[rows.Row]) -> None:
         tokens = {row["shared"]: row["tokens"] for row in found if row["row"] == "grpo_update"}

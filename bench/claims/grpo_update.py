@@ -31,8 +31,9 @@ def _fastest(measured: Sequence[Row], *, shared: bool) -> Row | None:
 
 def _speed(label: str, name: str, measured: Sequence[Row]) -> Finding:
     what = f"{name} LoRA, update of groups of 8, over nothing shared"
-    ours, other = _fastest(measured, shared=True), _fastest(measured, shared=False)
-    if ours is None or other is None:
+    ours = _fastest(measured, shared=True)
+    alike = [row for row in measured if ours and row.get("kept_features") == ours.get("kept_features")]
+    if ours is None or (other := _fastest(alike, shared=False)) is None:
         return Finding(what, 3, None, reason="one of the forms is missing")
     return Finding(what, 3, significant(other["step_s"] / ours["step_s"], 3), compared=(label,))
 
@@ -57,8 +58,9 @@ CLAIM = Claim(
     RUNS,
     judge,
     note="Groups of 8 completions, 1,024 image and 100 text tokens of prompt, 256-token completions of random tokens, fixed advantages and old "
-    "log-probabilities. Speed: steps of four groups, layers compiled, packs of 16,384 tokens in both forms; the tower computes an image once for each "
-    "pack that it is in. Memory: one group in one pack in both forms, nothing compiled; the peak of a step over what is allocated before it, adapter "
+    "log-probabilities. Speed: steps of four groups, layers compiled, packs of 16,384 tokens in both forms, with images' features kept, as a "
+    "rollout leaves them to the update of a run; without, the tower computes an image once for each pack that it is in. Memory: one group in one "
+    "pack in both forms, nothing compiled; the peak of a step over what is allocated before it, adapter "
     "gradients included. The first table holds losses and gradients of both forms on the same weights.",
 )
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, bundles_of, decode_attention, rotate_and_store
-from finesight.models.packed import PackedModel, projections, rotate
+from finesight.models.decoding import BLOCK_TOKENS, Decoder, KeyValuePool, decode_attention, divide_attention, rotate_and_store
+from finesight.models.packed import PackedModel, projections, rotary, rotate
 from gpu.test_forest_gpu import middle_model
 from tiny import FAMILIES
 
@@ -43,7 +43,7 @@ def test_attention_of_one_query_a_row(rows: int, heads: int, groups: int, size: 
     prompts[1:2], lengths[1:2] = 30, 30 * BLOCK_TOKENS + 5
     keys, values = (torch.randn(6100 * BLOCK_TOKENS, groups, size, device="cuda", dtype=dtype) for _ in range(2))
     query = torch.randn(rows, heads, size, device="cuda", dtype=dtype)
-    found = decode_attention(query, keys, values, table, lengths, bundles_of(table, prompts), size**-0.5)
+    found = decode_attention(query, keys, values, table, lengths, divide_attention(table, prompts, lengths), size**-0.5)
     expected = expected_attention(query, keys, values, table, lengths)
     errors = (found.double() - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
     assert errors.max() < (1e-2 if dtype == torch.bfloat16 else 1e-5)
@@ -57,10 +57,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     prompts = torch.full((16,), 20, device="cuda")
     keys, values = (torch.randn(700 * BLOCK_TOKENS, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(16, 32, 128, device="cuda", dtype=torch.bfloat16)
-    together = decode_attention(query, keys, values, table, lengths, bundles_of(table, prompts), 128**-0.5)
+    together = decode_attention(query, keys, values, table, lengths, divide_attention(table, prompts, lengths), 128**-0.5)
     for row in range(16):
         one = [x[row : row + 1] for x in (query, table, lengths, prompts)]
-        alone = decode_attention(one[0], keys, values, one[1], one[2], bundles_of(one[1], one[3]), 128**-0.5)
+        alone = decode_attention(one[0], keys, values, one[1], one[2], divide_attention(one[1], one[3], one[2]), 128**-0.5)
         assert torch.equal(alone[0], together[row])
 
 
@@ -75,7 +75,7 @@ def test_queries_are_rotated_and_keys_stored(family: str, dtype: torch.dtype) ->
         attention.q_norm.weight.data.uniform_(0.5, 1.5)
         attention.k_norm.weight.data.uniform_(0.5, 1.5)
     hidden = torch.randn(5, 256, device="cuda", dtype=dtype)
-    cos, sin = packed.rotary(torch.tensor([3, 70, 5, 1000, 0], device="cuda").expand(3, -1), hidden)
+    cos, sin = rotary(text, torch.tensor([3, 70, 5, 1000, 0], device="cuda").expand(3, -1), hidden)
     slots = torch.tensor([5, 63, 0, 33, 34], device="cuda")
     with torch.no_grad():
         query, key, value = projections(text.layers[0], hidden)

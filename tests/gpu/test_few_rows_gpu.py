@@ -74,7 +74,16 @@ def test_near_float64_and_alike_for_a_row_whatever_its_neighbours(
         assert torch.equal(out[-1:], last)
 
 
-@pytest.mark.parametrize("tiles", [Tiles(16, 128, 4, 4, 4), Tiles(64, 128, 2, 4, 4), Tiles(128, 64, 1, 4, 4), Tiles(128, 64, 8, 8, 5)])
+TILES = [
+    Tiles(16, 128, 4, 4, 4),
+    Tiles(64, 128, 2, 4, 4, overlapped=False),
+    Tiles(128, 64, 1, 4, 4),
+    Tiles(128, 64, 8, 8, 5),
+    Tiles(256, 64, 2, 8, 4),
+]
+
+
+@pytest.mark.parametrize("tiles", TILES)
 def test_every_division_gives_the_same_sums(tiles: Tiles) -> None:
     from finesight.models import few_rows_kernels  # needs Triton, which only machines with a GPU have
 
@@ -83,6 +92,39 @@ def test_every_division_gives_the_same_sums(tiles: Tiles) -> None:
         found = few_rows_kernels.few_rows_products(layers.x, layers.weights, layers.biases, layers.downs, layers.ups, layers.scales, tiles)
         for out, exact in zip(found, layers.exact(layers.x), strict=True):
             assert_rounded_once(out, exact)
+
+
+@pytest.mark.parametrize("ranks", [(0,), (16,)])
+@pytest.mark.parametrize("tiles", [Tiles(64, 128, 4, 4, 4), Tiles(64, 64, 1, 4, 6), Tiles(64, 128, 4, 8, 4)])
+def test_launches_that_follow_one_another_wait_for_what_they_read(tiles: Tiles, ranks: tuple[int, ...]) -> None:
+    """A long chain, where each product's input, and at times its matrix, is written by the launch ahead: as launches that do not overlap."""
+    from finesight.models import few_rows_kernels
+
+    length, layers = 24, Layers((2560,), 2560, ranks, biased=True, dtype=torch.bfloat16)
+    weights, fresh = [layers.weights[0].clone() for _ in range(length)], torch.empty_like(layers.weights[0])
+
+    def chain(tiles: Tiles) -> torch.Tensor:
+        x = layers.x
+        for place, weight in enumerate(weights):
+            if place % 4 == 3:  # by a kernel that does not know of those that overlap
+                weight = fresh.copy_(weight)
+            given = [[weight], layers.biases, layers.downs, layers.ups, layers.scales]
+            x = few_rows_kernels.few_rows_products(x, *given, tiles)[0]
+            if place % 3 == 2:
+                x = x / x.float().std().to(x.dtype)
+            fresh.zero_()
+        return x
+
+    expected = chain(tiles._replace(overlapped=False))
+    assert expected.isfinite().all() and expected.std() > 0
+    assert torch.equal(chain(tiles), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(tiles)
+    for _ in range(50):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 def test_more_rows_and_strided_matrices_go_another_way() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -39,6 +40,25 @@ def test_attention_kernel(causal: bool, kv_heads: int) -> None:
     probe = torch.randn_like(out)
     for a, b in zip(torch.autograd.grad(out, (q, k, v), probe), torch.autograd.grad(expected, exact, probe.double()), strict=True):
         assert relative(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_gradients_of_shared_keys_are_summed_in_float32_and_repeat(kv_heads: int) -> None:
+    """A prefix of 40 tokens under 60 branches: adding up in bfloat16 would lose most of it, atomics would not repeat."""
+    torch.manual_seed(0)
+    paths = [[*range(40), *range(40 + 20 * branch, 60 + 20 * branch)] for branch in range(60)]
+    index = torch.tensor([*range(40), *(token for path in paths for token in path)])
+    layout = AttentionLayout.of_lengths([40, *[20] * 60], [40, *[60] * 60], index).to("cuda")
+    q, k, v = (torch.randn(1240, h, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (8, kv_heads, kv_heads))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    probe = torch.randn_like(q)
+    expected = torch.autograd.grad(written_out(*exact, layout, True), exact, probe.double())
+    attend = torch.compile(lambda *given: forest_attention(*given, layout, causal=True), dynamic=True)
+    for function in (partial(forest_attention, layout=layout, causal=True), attend):
+        first, again = (torch.autograd.grad(function(q, k, v), (k, v), probe) for _ in range(2))
+        for a, b, c in zip(first, again, expected[1:], strict=True):
+            assert torch.equal(a, b)
+            assert relative(a, c) < 1e-2
 
 
 def middle_model(family: str) -> torch.nn.Module:

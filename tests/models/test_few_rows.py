@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finesight.models.few_rows import products_without_graph, tiles_for
+from finesight.models.few_rows import products_without_graph, stages_that_fit, tiles_for
 
 
 @pytest.mark.parametrize("ranks", [(), (4, 0, 8)])
@@ -25,6 +25,16 @@ def test_equals_the_plain_formula(ranks: tuple[int, ...], biased: bool) -> None:
             expected = expected + scales[place] * (x @ downs[place].T) @ ups[place].T
         torch.testing.assert_close(out, expected)
     torch.library.opcheck(products_without_graph, (x, weights, biases, downs, ups, scales), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("shared_kib", "down_block", "stages"),
+    [(227, 0, 4), (227, 64, 4), (227, 128, 2), (99, 0, 3), (99, 64, 2), (99, 128, 1)],  # Hopper; Ada and consumer Ampere
+)
+def test_loads_in_flight_fit_the_shared_memory(shared_kib: int, down_block: int, stages: int) -> None:
+    tiles = tiles_for((2560,), 4096)
+    assert (tiles.outputs, tiles.inputs) == (64, 128)
+    assert stages_that_fit(tiles, 64, down_block, 4, shared_kib * 1024) == stages
 
 
 @pytest.mark.parametrize(

@@ -72,3 +72,24 @@ def test_under_temperature_and_forbidden_tokens(chunk: int) -> None:
     grads = [torch.autograd.grad((probe * x.exp()).sum(), (hidden, weight)) for x in (found, expected)]
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradient_of_a_frozen_matrix_is_that_of_one_that_trains(temperature: float) -> None:
+    """Computed with the values for the one, in the backward pass for the other."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64)
+    token, probe = torch.randint(0, 11, (9,)), torch.randn(9, dtype=torch.float64)
+    grads = []
+    for trains in (False, True):
+        found = target_logprobs(hidden, weight.clone().requires_grad_(trains), token, 4, temperature=temperature)
+        grads.append(torch.autograd.grad((probe * found.exp()).sum(), hidden)[0])
+    assert torch.allclose(*grads, atol=1e-14)
+
+
+def test_a_frozen_matrix_is_not_kept_for_the_backward_pass() -> None:
+    hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        target_logprobs(hidden, weight, torch.randint(0, 11, (6,)))
+    assert [tensor.shape for tensor in kept] == [hidden.shape]

@@ -60,6 +60,9 @@ class AttentionLayout(Movable):
     cu_queries: torch.Tensor  # (S + 1,) int32, cumulative query lengths; empty segments may follow
     cu_keys: torch.Tensor  # (S + 1,) int32
     key_index: torch.Tensor | None = None  # (K,) int64
+    # Its inverse, for gradients of keys: the gathered rows in the order of their packed tokens, and where those of each token begin.
+    key_uses: torch.Tensor | None = None  # (K,) int32
+    cu_key_uses: torch.Tensor | None = None  # (T + 1,) int32
 
     @staticmethod
     def of_lengths(
@@ -80,6 +83,10 @@ class AttentionLayout(Movable):
         if steady:
             longest = [_power_of_two(length) for length in longest]
             empty = -len(query_lengths) % STEADY_SEGMENTS
+        key_uses = cu_key_uses = None
+        if key_index is not None:
+            key_uses = key_index.argsort(stable=True).to(torch.int32)
+            cu_key_uses = _cumulative(key_index.bincount(minlength=sum(query_lengths)).numpy())
         return AttentionLayout(
             query_lengths=tuple(query_lengths),
             key_lengths=tuple(key_lengths),
@@ -88,6 +95,8 @@ class AttentionLayout(Movable):
             cu_queries=_cumulative([*query_lengths, *[0] * empty]),
             cu_keys=_cumulative([*key_lengths, *[0] * empty]),
             key_index=key_index,
+            key_uses=key_uses,
+            cu_key_uses=cu_key_uses,
         )
 
     @cached_property
@@ -221,8 +230,8 @@ def _windows(grid: Grid, merge: int, window: int) -> tuple[np.ndarray, tuple[int
     return np.concatenate(pieces), tuple(len(piece) * merge * merge for piece in pieces)
 
 
-def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
-    return torch.from_numpy(np.cumsum((0, *lengths)).astype(np.int32))
+def _cumulative(lengths: Sequence[int] | np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.cumsum(np.concatenate(([0], lengths))).astype(np.int32))
 
 
 def _power_of_two(length: int) -> int:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from finesight.data.layout import AttentionLayout
 from finesight.errors import ModelError
+from finesight.models.gathered import gather_rows
 
 # transformers' vision modules hand over the whole packed sequence at once only to implementations named "flash".
 TOWER_ATTENTION = "finesight_forest_flash"
@@ -46,8 +47,11 @@ def forest_attention(
     Returns:
         (T, H, D).
     """
-    if layout.key_index is not None:
-        key, value = key.index_select(0, layout.key_index), value.index_select(0, layout.key_index)
+    index, uses, cu_uses = layout.key_index, layout.key_uses, layout.cu_key_uses
+    if index is not None:
+        if uses is None or cu_uses is None:
+            raise ValueError("the layout lacks the inverse of its key_index; AttentionLayout.of_lengths makes both")
+        key, value = gather_rows(key, index, uses, cu_uses), gather_rows(value, index, uses, cu_uses)
     if _runs_on_varlen(query):
         return _varlen_attention(query, key, value, layout, causal, scale)
     return _grouped_attention(query, key, value, layout, causal, scale)

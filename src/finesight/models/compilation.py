@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 
 # By default results that only feed a matrix product of the backward pass, or that are used far apart, are kept too. What
 # stays kept are operators that the compiler has no reason to think cheap: products and attention.
@@ -31,13 +32,23 @@ class CompiledFunction:
         keep_products_only: let the compiler keep results of costly operations alone for the backward pass and compute the
             rest again: the activation policy selective, which checkpointing inside compiled code would compile anew for
             each layer.
+        overlapped: let kernels begin before those ahead of them have ended, on GPUs and with compilers that can: for functions between
+            whose calls every kernel waits for the one ahead of it before it lets the next one begin.
         what: names in that report what runs uncompiled.
     """
 
     def __init__(
-        self, function: Callable[..., Any], say: Callable[[str], None], *, keep_products_only: bool = False, what: str = "Layers"
+        self,
+        function: Callable[..., Any],
+        say: Callable[[str], None],
+        *,
+        keep_products_only: bool = False,
+        overlapped: bool = False,
+        what: str = "Layers",
     ) -> None:
-        self.function, self.say, self.keep_products_only, self.what = function, say, keep_products_only, what
+        self.function, self.say, self.what = function, say, what
+        self._graph_options = _KEEP_PRODUCTS_ONLY if keep_products_only else {}
+        self._kernel_options = {"triton.enable_pdl": True} if overlapped and hasattr(inductor_config.triton, "enable_pdl") else {}
         # Dynamic: the number of tokens differs from pack to pack, and a graph for each would cost seconds every time.
         self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True)
 
@@ -45,7 +56,7 @@ class CompiledFunction:
         if self._compiled is None:
             return self.function(*arguments)
         try:
-            with functorch_config.patch(_KEEP_PRODUCTS_ONLY if self.keep_products_only else {}):
+            with functorch_config.patch(self._graph_options), inductor_config.patch(self._kernel_options):
                 return self._compiled(*arguments)
         except _failures() as error:
             self._compiled = None

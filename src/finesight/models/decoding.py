@@ -20,11 +20,15 @@ from torch.nn import functional as F
 from finesight.data.batch import PackedBatch
 from finesight.errors import ModelError
 from finesight.models.experts import wait_for_offsets
-from finesight.models.packed import DECODING, PackedModel, rotate
+from finesight.models.packed import PackedModel, last_states, next_projections, projections, rotary, rotate
 
 BLOCK_TOKENS = 32
 # Most rows that read the blocks of their common prompt together.
 BUNDLE_ROWS = 8
+# Most parts that the tokens of a prompt, and those of a row alone, are divided into; and the fewest tokens worth a part.
+MOST_PARTS = 8
+PART_TOKENS = 256
+PART_FIELDS = 5  # of a part besides its rows
 # Rows that are not in use write and read here.
 IDLE_BLOCK = 0
 
@@ -91,33 +95,102 @@ def block_bytes(text_config: Any, dtype: torch.dtype) -> int:
     return numbers * dtype.itemsize
 
 
-class Bundles(NamedTuple):
-    """Rows that go on from the same prompt, whose keys and values are read once for all of a bundle's rows."""
+class Parts(NamedTuple):
+    """What attention of one step is divided into: parts of rows' tokens, each with the rows whose queries meet them.
 
-    members: torch.Tensor  # (B, R) int64: the rows of each bundle, -1 in other places; bundles come first, then empty lines
-    number: torch.Tensor  # () int64: of bundles
-    prompt_blocks: torch.Tensor  # (B,) int64, by row: blocks at the front of its table that its bundle has in common
+    What rows of one prompt have in common is read once for all rows of a bundle; what a row has alone is read for it.
+    """
+
+    # (L, PART_FIELDS + R) int32: the row whose table is read, the first token, the one after the last, the part's number among those of its
+    # rows, whether it is of a prompt, and its rows, -1 in places that are left. Parts of prompts come first.
+    lines: torch.Tensor
+    number: torch.Tensor  # () int64: lines that are in use; the others come last
+    of_row: torch.Tensor  # (B,) int32: how many parts a row has
 
 
-def bundles_of(table: torch.Tensor, prompt_blocks: torch.Tensor) -> Bundles:
-    """Rows whose tables begin with the same block, in their order, at most R to a bundle.
+def divide_attention(table: torch.Tensor, prompt_blocks: torch.Tensor, lengths: torch.Tensor, part_tokens: int = PART_TOKENS) -> Parts:
+    """Parts of rows, of which those whose tables begin with the same block go on from the same prompt.
 
-    Nothing depends on the size of what is found, so that a captured step can compute it.
+    How a row's tokens are divided depends on its own lengths alone, so that what a row gets does not change with its
+    neighbours. Nothing depends on the size of what is found, so that a captured step can compute it.
 
     Args:
         table: (B, M) int64. A block at its front that is shared belongs to one prompt alone.
         prompt_blocks: (B,) int64: blocks at the front that hold nothing but the prompt; rows with 0 are in no bundle.
+        lengths: (B,) int64: tokens that a row attends to.
+        part_tokens: the fewest tokens worth a part.
     """
+    rows, part = torch.arange(len(table), device=table.device), torch.arange(MOST_PARTS, device=table.device)
+    members = _bundles(table, prompt_blocks)
+    common = prompt_blocks * BLOCK_TOKENS
+    each, own_each = (_tokens_of_a_part(tokens, part_tokens) for tokens in (common, lengths - common))
+    prompt_parts, own_parts = (common + each - 1) // each, (lengths - common + own_each - 1) // own_each
+    begin = part * each[:, None]  # (B, P), as the rest
+    own_begin = common[:, None] + part * own_each[:, None]
+    alone = F.pad(rows[:, None], (0, BUNDLE_ROWS - 1), value=-1)
+
+    def lines(first: torch.Tensor, last: torch.Tensor, number: torch.Tensor, whose: torch.Tensor, *, of_prompt: bool) -> torch.Tensor:
+        fields = [rows[:, None].expand_as(first), first, last, number.expand_as(first), torch.full_like(first, of_prompt)]
+        return torch.cat([torch.stack(fields, dim=-1), whose[:, None].expand(-1, MOST_PARTS, -1)], dim=-1).flatten(0, 1)
+
+    every = torch.cat([
+        lines(begin, torch.minimum(begin + each[:, None], common[:, None]), part, members, of_prompt=True),
+        lines(own_begin, torch.minimum(own_begin + own_each[:, None], lengths[:, None]), prompt_parts[:, None] + part, alone, of_prompt=False),
+    ]).to(torch.int32)  # fmt: skip
+    leads = members[:, 0] >= 0
+    used = torch.cat([(leads[:, None] & (part < prompt_parts[:, None])).flatten(), (part < own_parts[:, None]).flatten()])
+    place = torch.where(used, used.cumsum(0) - 1, len(used))  # the last line is of no part
+    packed = torch.zeros(len(used) + 1, every.shape[1], dtype=torch.int32, device=table.device).index_copy(0, place, every)
+    return Parts(packed[:-1], used.sum(), (prompt_parts + own_parts).to(torch.int32))
+
+
+def _bundles(table: torch.Tensor, prompt_blocks: torch.Tensor) -> torch.Tensor:
+    """(B, R) int64: for the first row of each bundle its rows, in their order; -1 elsewhere."""
     rows = torch.arange(len(table), device=table.device)
     alike = (table[:, None, 0] == table[None, :, 0]) & (prompt_blocks > 0)
     place = (alike & (rows[None, :] < rows[:, None])).sum(dim=1)  # among the rows of the same prompt
-    leads = (place % BUNDLE_ROWS == 0) & (prompt_blocks > 0)
-    number = leads.cumsum(0) - 1  # of the bundle that a row leads
-    of_leader = alike & (place[None, :] == (place - place % BUNDLE_ROWS)[:, None])  # at most one of each line
-    bundle = torch.where(prompt_blocks > 0, number[of_leader.to(torch.uint8).argmax(dim=1)], len(table))
-    members = torch.full((len(table) + 1, BUNDLE_ROWS), -1, dtype=torch.int64, device=table.device)  # the last line is of no bundle
-    members[bundle, place % BUNDLE_ROWS] = rows
-    return Bundles(members[:-1], leads.sum(), prompt_blocks)
+    first = alike & (place[None, :] == (place - place % BUNDLE_ROWS)[:, None])  # at most one of each line
+    leader = torch.where(prompt_blocks > 0, first.to(torch.uint8).argmax(dim=1), len(table))  # the last line is of no bundle
+    members = torch.full((len(table) + 1, BUNDLE_ROWS), -1, dtype=torch.int64, device=table.device)
+    members[leader, place % BUNDLE_ROWS] = rows
+    return members[:-1]
+
+
+def _tokens_of_a_part(tokens: torch.Tensor, fewest: int) -> torch.Tensor:
+    """Of parts about as long as each other; whole blocks, so that a part begins with one."""
+    parts = (tokens // fewest).clamp(1, MOST_PARTS)
+    return (-(-tokens // (parts * BLOCK_TOKENS))).clamp(min=1) * BLOCK_TOKENS
+
+
+class StepInputs(NamedTuple):
+    """What all layers of a step need."""
+
+    hidden: torch.Tensor  # (B, D) of the first layer
+    cos: torch.Tensor  # (B, d)
+    sin: torch.Tensor
+    slots: torch.Tensor  # (B,) int64: where the keys and values of the token go
+    lengths: torch.Tensor  # (B,) int64: tokens attended to, itself included
+    parts: Parts | None  # for the kernels of a GPU
+
+
+def begin_step(
+    text: Any, tokens: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, prompt_blocks: torch.Tensor
+) -> tuple[StepInputs, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What lies before the first attention of :meth:`Decoder.step`: inputs of all layers, and :func:`projections` of the first.
+
+    Args:
+        text: the language model.
+    """
+    hidden = text.embed_tokens(tokens)
+    cos, sin = rotary(text, positions.expand(3, -1), hidden)
+    slots = table.gather(1, (lengths // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + lengths % BLOCK_TOKENS
+    seen = lengths + 1
+    parts = divide_attention(table, prompt_blocks, seen) if tokens.is_cuda else None
+    return StepInputs(hidden, cos, sin, slots, seen, parts), *projections(text.layers[0], hidden)
+
+
+# What lies before, between and after the attentions of a step.
+_AROUND: tuple[Callable[..., Any], ...] = (begin_step, next_projections, last_states)
 
 
 class Decoder:
@@ -134,7 +207,7 @@ class Decoder:
         self, packed: PackedModel, pool: KeyValuePool, *, compile_layers: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.packed, self.pool = packed, pool
-        self._begin, self._between, self._end = packed.compiled_for_decoding(say) if compile_layers else DECODING
+        self._begin, self._between, self._end = packed.compiled_for_decoding(_AROUND, say) if compile_layers else _AROUND
 
     @property
     def can_be_captured(self) -> bool:
@@ -169,20 +242,15 @@ class Decoder:
             prompt_blocks: (B,) int64: those at the front of its table that rows of the same prompt have in common.
         """
         text = self.packed.base.model.language_model
-        hidden = text.embed_tokens(tokens)
-        cos, sin = self.packed.rotary(positions.expand(3, -1), hidden)
-        slots = table.gather(1, (lengths // BLOCK_TOKENS)[:, None]).squeeze(1) * BLOCK_TOKENS + lengths % BLOCK_TOKENS
-        bundles, seen = bundles_of(table, prompt_blocks), lengths + 1
-        query, key, value = self._begin(text.layers[0], hidden)
+        inputs, query, key, value = self._begin(text, tokens, positions, lengths, table, prompt_blocks)
+        hidden = inputs.hidden
         for index, layer in enumerate(text.layers):
             attention, keys, values = layer.self_attn, self.pool.keys[index], self.pool.values[index]
-            query = rotate_and_store(attention, query, key, value, cos, sin, keys, values, slots)
-            mixed = decode_attention(query, keys, values, table, seen, bundles, attention.scaling).flatten(1)
+            query = rotate_and_store(attention, query, key, value, inputs.cos, inputs.sin, keys, values, inputs.slots)
+            mixed = decode_attention(query, keys, values, table, inputs.lengths, inputs.parts, attention.scaling).flatten(1)
             if index + 1 < len(text.layers):
                 hidden, query, key, value = self._between(layer, text.layers[index + 1], hidden, mixed)
-            else:
-                hidden = self._end(layer, hidden, mixed)
-        return self._logits(text.norm(hidden))
+        return self._logits(self._end(text.layers[-1], text.norm, hidden, mixed))
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         head: nn.Module = self.packed.base.lm_head
@@ -219,7 +287,7 @@ def decode_attention(
     values: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
-    bundles: Bundles,
+    parts: Parts | None,
     scale: float,
 ) -> torch.Tensor:
     """Attention of one query a row to the first `lengths` tokens of its blocks.
@@ -228,15 +296,15 @@ def decode_attention(
         query: (B, H, d).
         keys, values: (slots, G, d) of one layer; G divides H.
         table: (B, M) int64; lengths: (B,) int64, at least 1.
-        bundles: of these rows; what they have in common is no longer than any of its rows.
+        parts: of these rows and lengths (:func:`divide_attention`), for the kernels of a GPU; None: without them.
 
     Returns:
         (B, H, d).
     """
-    if query.is_cuda:
+    if parts is not None:
         from finesight.models import decoding_kernels
 
-        return decoding_kernels.decode_attention(query, keys, values, table, lengths, bundles, scale, BLOCK_TOKENS)
+        return decoding_kernels.decode_attention(query, keys, values, table, parts, scale, BLOCK_TOKENS)
     slots = (table[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten(1)[:, : int(lengths.max())]
     seen = torch.arange(slots.shape[1]) < lengths[:, None]
     own_keys, own_values = (rows[slots].transpose(1, 2).to(query.dtype) for rows in (keys, values))

@@ -3,10 +3,12 @@
 What rows of one prompt have in common is read once for all rows of a bundle, whose queries fill one tile (as in Juravsky
 et al. 2024, Hydragen); what a row has alone is read for it. Both are divided into parts, which are joined by their
 logsumexp (Dao et al. 2023, Flash-Decoding; blocks as in Kwon et al. 2023, PagedAttention). A launch has as many programs
-as the device runs at once, which go through the parts in turn: most lines of a table of bundles are empty, and a program
-for each would take longer to begin and end than the work itself.
+as the device runs at once, which go through the list of parts in turn. What bounds it is the time between loads, so that little is
+computed for each of them: a part is found in one read, a block in one look at the table, and keys, and values, are the left
+operand of each product, so that queries, of which there are few, lie along the side that matrix units take in eights.
 
-How a row's tokens are divided depends on its own lengths alone, so that what a row gets does not change with its neighbours.
+Launches overlap on Hopper and newer as those of :mod:`finesight.models.few_rows_kernels`, and for the same reasons safely: what a program
+reads before it waits (the list of parts, tables) was written before the kernel ahead of its own began.
 
 Imported only where there is a GPU, since Triton is.
 """
@@ -16,21 +18,32 @@ Imported only where there is a GPU, since Triton is.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from finesight.models.decoding import Bundles
+from finesight.models.decoding import PART_FIELDS, Parts
+from finesight.models.few_rows_kernels import can_overlap
 
-# Most parts that a prompt, and what a row has alone, are divided into; and the fewest tokens worth a part.
-_PROMPT_PARTS = 8
-_OWN_PARTS = 2
-_LEAST_TOKENS = 256
-_PROGRAMS_PER_PROCESSOR = 2
+
+class AttentionTiles(NamedTuple):
+    """How a launch of attention is laid out."""
+
+    programs: int  # for each processor
+    tokens: int  # of a tile
+    stages: int  # tiles that are read at once
+    warps: int  # of a program
+    registers: int  # of a thread
+    overlapped: bool = True  # each launch begins before the one ahead of it has ended, where the GPU can
+
+
+# The fastest of those measured for Qwen3-VL-4B on an H200 (bench/attend.py); and what shared memory holds of float32.
+_TILES = AttentionTiles(4, 32, 3, 4, 128)
+_WIDE_TILES = AttentionTiles(2, 32, 2, 4, 255)
 
 
 def rotate_and_store(
@@ -48,7 +61,7 @@ def rotate_and_store(
     _rotate_kernel[(rows, heads + groups)](
         query, key, value, *weights, cos, sin, slots, out, keys, values, eps,
         query.stride(0), key.stride(0), value.stride(0), keys.stride(0),
-        HEADS=heads, SIZE=size, HALF=size // 2, HALF_BLOCK=triton.next_power_of_2(size // 2), NORMALISED=normalised, num_warps=1,
+        HEADS=heads, SIZE=size, HALF=size // 2, HALF_BLOCK=triton.next_power_of_2(size // 2), NORMALISED=normalised, num_warps=1, **_launched(query.device, True),
     )  # fmt: skip
     return out
 
@@ -58,36 +71,46 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     table: torch.Tensor,
-    lengths: torch.Tensor,
-    bundles: Bundles,
+    parts: Parts,
     scale: float,
     block_tokens: int,
+    tiles: AttentionTiles | None = None,
 ) -> torch.Tensor:
-    """See :func:`finesight.models.decoding.decode_attention`."""
+    """See :func:`finesight.models.decoding.decode_attention`.
+
+    Args:
+        tiles: others than those in use, to compare.
+    """
     rows, heads, size = query.shape
-    groups, bundle = keys.shape[1], bundles.members.shape[1]
-    programs = min(rows * groups * (_PROMPT_PARTS + _OWN_PARTS), _PROGRAMS_PER_PROCESSOR * _processors(query.device.index))
+    groups, bundle, most = keys.shape[1], parts.lines.shape[1] - PART_FIELDS, parts.lines.shape[0] // rows
+    tiles = tiles or (_TILES if query.dtype.itemsize == 2 else _WIDE_TILES)
+    programs = min(len(parts.lines) * groups, tiles.programs * _processors(query.device.index))
     shared = heads // groups
     query = query.contiguous()
-    parts = _PROMPT_PARTS + _OWN_PARTS
-    part_out = torch.empty(rows, heads, parts, size, dtype=torch.float32, device=query.device)
-    part_logsumexp = torch.empty(rows, heads, parts, dtype=torch.float32, device=query.device)
+    part_out = torch.empty(rows, heads, most, size, dtype=torch.float32, device=query.device)
+    part_logsumexp = torch.empty(rows, heads, most, dtype=torch.float32, device=query.device)  # to base 2
     out = torch.empty_like(query)
     size_block = max(16, triton.next_power_of_2(size))  # matrix units want at least 16
-    tokens, stages = (64, 3) if query.dtype.itemsize == 2 else (32, 2)  # what shared memory holds
+    launched = _launched(query.device, tiles.overlapped)
     _attend_kernel[(programs,)](
-        query, keys, values, table, lengths, bundles.members, bundles.number, bundles.prompt_blocks, part_out, part_logsumexp, scale, rows,
+        query, keys, values, table, parts.lines, parts.number, part_out, part_logsumexp, scale * math.log2(math.e),
         keys.stride(0), keys.stride(1), table.stride(0),
         GROUPS=groups, SHARED=shared, BUNDLE=bundle, QUERIES_BLOCK=max(16, triton.next_power_of_2(shared * bundle)),
-        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tokens, LEAST_TOKENS=_LEAST_TOKENS,
-        PROMPT_PARTS=_PROMPT_PARTS, OWN_PARTS=_OWN_PARTS, num_warps=4, num_stages=stages,
+        OWN_BLOCK=max(16, triton.next_power_of_2(shared)),
+        SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tiles.tokens, PARTS=most, FIELDS=PART_FIELDS,
+        PLACE=tl.int32 if keys.numel() < 2**31 else tl.int64, num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers, **launched,
     )  # fmt: skip
     _join_kernel[(rows * heads,)](
-        part_out, part_logsumexp, lengths, bundles.prompt_blocks, out,
-        HEADS=heads, SIZE=size, SIZE_BLOCK=size_block, BLOCK=block_tokens, TOKENS=tokens, LEAST_TOKENS=_LEAST_TOKENS,
-        PROMPT_PARTS=_PROMPT_PARTS, OWN_PARTS=_OWN_PARTS, PARTS_BLOCK=triton.next_power_of_2(parts), num_warps=1,
+        part_out, part_logsumexp, parts.of_row, out,
+        HEADS=heads, SIZE=size, SIZE_BLOCK=size_block, PARTS=most, PARTS_BLOCK=triton.next_power_of_2(most), num_warps=1, **launched,
     )  # fmt: skip
     return out
+
+
+def _launched(device: torch.device, overlapped: bool) -> dict[str, bool]:
+    """Options of a launch that may begin before the one ahead of it has ended."""
+    return {"OVERLAPPED": True, "launch_pdl": True} if overlapped and can_overlap(device) else {"OVERLAPPED": False}
 
 
 @lru_cache
@@ -99,9 +122,12 @@ def _processors(device_index: int) -> int:
 def _rotate_kernel(
     query, key, value, query_weight, key_weight, cos, sin, slots, out, keys, values, eps,
     query_stride, key_stride, value_stride, slot_stride,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORMALISED: tl.constexpr,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, NORMALISED: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One head of queries of one row, or one of keys and values."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, HALF_BLOCK)
     wanted = channel < HALF
@@ -145,88 +171,101 @@ def _rotated(
 
 @triton.jit
 def _attend_kernel(
-    query, keys, values, table, lengths, members, count, prompt_blocks, part_out, part_logsumexp, scale, rows,
+    query, keys, values, table, lines, number, part_out, part_logsumexp, scale,
     slot_stride, group_stride, table_stride,
-    GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, LEAST_TOKENS: tl.constexpr,
-    PROMPT_PARTS: tl.constexpr, OWN_PARTS: tl.constexpr,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr, OWN_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    PARTS: tl.constexpr = PROMPT_PARTS + OWN_PARTS
-    place = tl.arange(0, QUERIES_BLOCK)
-    channel = tl.arange(0, SIZE_BLOCK)
-    token = tl.arange(0, TOKENS)
-    of_prompts = tl.load(count) * (GROUPS * PROMPT_PARTS)
-    # Parts of prompts, which are the longest, come first. Neighbouring programs read neighbouring groups of the same tokens.
-    for item in range(tl.program_id(0), of_prompts + rows * (GROUPS * OWN_PARTS), tl.num_programs(0)):
-        of_prompt = item < of_prompts
-        within = tl.where(of_prompt, item, item - of_prompts)
-        group = within % GROUPS
-        part = (within // GROUPS) % tl.where(of_prompt, PROMPT_PARTS, OWN_PARTS)
-        line = within // (GROUPS * tl.where(of_prompt, PROMPT_PARTS, OWN_PARTS))  # a bundle, or a row
-        # Queries: those of a whole bundle, or of the row.
-        together = tl.load(members + line * BUNDLE + place // SHARED, mask=of_prompt & (place < SHARED * BUNDLE), other=-1)
-        member = tl.where(of_prompt, together, tl.where(place < SHARED, line, -1))
-        row = tl.where(of_prompt, tl.max(member, axis=0), line)  # whose table is read: the members of a bundle agree on their prompt
-        common = tl.load(prompt_blocks + row) * BLOCK
-        begin = tl.where(of_prompt, 0, common)
-        end = tl.where(of_prompt, common, tl.load(lengths + row))
-        each = _tokens_of_a_part(end - begin, tl.where(of_prompt, PROMPT_PARTS, OWN_PARTS), LEAST_TOKENS, TOKENS)
-        first = begin + part * each
-        last = tl.minimum(first + each, end)
-        owner = member * (GROUPS * SHARED) + group * SHARED + place % SHARED
-        number = tl.where(of_prompt, part, PROMPT_PARTS + part)
-        asking = member >= 0
-        wanted = (asking & (last > first))[:, None] & (channel < SIZE)[None, :]
-        asked = tl.load(query + owner[:, None] * SIZE + channel[None, :], mask=wanted, other=0.0)
-        largest = tl.full((QUERIES_BLOCK,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((QUERIES_BLOCK,), dtype=tl.float32)
-        mixed = tl.zeros((QUERIES_BLOCK, SIZE_BLOCK), dtype=tl.float32)
-        # Blocks are looked up one tile ahead: as part of the same tile, they would keep its keys and values from being read ahead.
-        block = tl.load(table + row * table_stride + (first + token) // BLOCK, mask=first + token < last, other=0)
-        for start in range(first, last, TOKENS):
-            inside = start + token < last
-            slots = (block * BLOCK + (start + token) % BLOCK)[:, None] * slot_stride + group * group_stride + channel[None, :]
-            present = inside[:, None] & (channel < SIZE)[None, :]
-            some_keys = tl.load(keys + slots, mask=present, other=0.0)
-            some_values = tl.load(values + slots, mask=present, other=0.0)
-            ahead = start + TOKENS + token
-            block = tl.load(table + row * table_stride + ahead // BLOCK, mask=ahead < last, other=0)
-            scores = tl.dot(asked, tl.trans(some_keys).to(asked.dtype), input_precision="ieee") * scale
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))  # finite: the first token of a tile is inside
-            weights = tl.exp(scores - larger[:, None])
-            shrunk = tl.exp(largest - larger)
-            total = total * shrunk + tl.sum(weights, axis=1)
-            mixed = mixed * shrunk[:, None] + tl.dot(weights.to(asked.dtype), some_values.to(asked.dtype), input_precision="ieee")
-            largest = larger
-        tl.store(part_out + (owner[:, None] * PARTS + number) * SIZE + channel[None, :], mixed / total[:, None], mask=wanted)
-        tl.store(part_logsumexp + owner * PARTS + number, largest + tl.log(total), mask=asking & (last > first))
+    program, programs, items = tl.program_id(0), tl.num_programs(0), tl.load(number).to(tl.int32) * GROUPS
+    # Neighbouring programs read neighbouring groups of the same tokens. The longest parts come first, and every second round goes
+    # through the programs backwards: who had a long one gets a short one.
+    for begin in range(0, items, programs):
+        item = begin + tl.where(begin // programs % 2 == 0, program, programs - 1 - program)
+        line, group = lines + (item // GROUPS) * (FIELDS + BUNDLE), item % GROUPS
+        of_prompt = tl.load(line + 4, mask=item < items, other=0)
+        if of_prompt:
+            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, BUNDLE, QUERIES_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, OVERLAPPED)  # fmt: skip
+        elif item < items:
+            _attend_part(query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+                         GROUPS, SHARED, 1, OWN_BLOCK, SIZE, SIZE_BLOCK, BLOCK, TOKENS, PARTS, FIELDS, PLACE, OVERLAPPED)  # fmt: skip
 
 
 @triton.jit
-def _tokens_of_a_part(tokens, most_parts, LEAST_TOKENS: tl.constexpr, TOKENS: tl.constexpr):
-    return tl.cdiv(tl.maximum(tl.cdiv(tokens, most_parts), LEAST_TOKENS), TOKENS) * TOKENS
+def _attend_part(
+    query, keys, values, table, line, group, part_out, part_logsumexp, scale, slot_stride, group_stride, table_stride,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, BUNDLE: tl.constexpr, QUERIES_BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, PLACE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """One group of heads of one part, for the queries of a bundle or of a single row."""
+    place = tl.arange(0, QUERIES_BLOCK)
+    channel = tl.arange(0, SIZE_BLOCK)
+    token = tl.arange(0, TOKENS)
+    row, first, last, part = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    member = tl.load(line + FIELDS + place // SHARED, mask=place < SHARED * BUNDLE, other=-1)
+    # Blocks are looked up one tile ahead: as part of the same tile, they would keep its keys and values from being read ahead.
+    blocks = table + row * table_stride
+    slots = _slots(blocks, first, last, slot_stride, BLOCK, TOKENS, PLACE)
+    owner = member * (GROUPS * SHARED) + group * SHARED + place % SHARED
+    asking = member >= 0
+    wanted = (channel < SIZE)[:, None] & asking[None, :]
+    own_keys, own_values = keys + group * group_stride, values + group * group_stride
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    asked = tl.load(query + owner[None, :] * SIZE + channel[:, None], mask=wanted, other=0.0)
+    largest = tl.full((QUERIES_BLOCK,), float("-inf"), dtype=tl.float32)
+    totals = tl.zeros((TOKENS, QUERIES_BLOCK), dtype=tl.float32)  # by place in a tile: added up once, at the end
+    mixed = tl.zeros((SIZE_BLOCK, QUERIES_BLOCK), dtype=tl.float32)
+    for start in range(first, last, TOKENS):
+        inside = start + token < last
+        places = slots[:, None] + channel[None, :]
+        present = inside[:, None] & (channel < SIZE)[None, :]
+        some_keys = tl.load(own_keys + places, mask=present, other=0.0)
+        some_values = tl.load(own_values + places, mask=present, other=0.0)
+        slots = _slots(blocks, start + TOKENS, last, slot_stride, BLOCK, TOKENS, PLACE)
+        scores = tl.dot(some_keys.to(asked.dtype), asked, input_precision="ieee")
+        scores = tl.where(inside[:, None], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=0))  # finite: the first token of a tile is inside
+        weights = tl.exp2(scores * scale - (larger * scale)[None, :])
+        shrunk = tl.exp2((largest - larger) * scale)
+        totals = totals * shrunk[None, :] + weights
+        mixed = tl.dot(tl.trans(some_values).to(asked.dtype), weights.to(asked.dtype), mixed * shrunk[None, :], input_precision="ieee")
+        largest = larger
+    total = tl.sum(totals, axis=0)
+    place_out = owner * PARTS + part
+    tl.store(part_out + place_out[None, :].to(tl.int64) * SIZE + channel[:, None], mixed * (1.0 / total)[None, :], mask=wanted)
+    tl.store(part_logsumexp + place_out, largest * scale + tl.log2(total), mask=asking)
+
+
+@triton.jit
+def _slots(blocks, start, last, slot_stride, BLOCK: tl.constexpr, TOKENS: tl.constexpr, PLACE: tl.constexpr):
+    """(TOKENS,): where keys and values of tokens from `start` on, the first of a block, begin."""
+    token = tl.arange(0, TOKENS)
+    block = tl.load(blocks + start // BLOCK, mask=start < last, other=0).to(PLACE)
+    begin = tl.zeros((TOKENS,), dtype=PLACE) + block * (BLOCK * slot_stride)
+    for further in tl.static_range(1, TOKENS // BLOCK):
+        block = tl.load(blocks + start // BLOCK + further, mask=start + further * BLOCK < last, other=0).to(PLACE)
+        begin = tl.where(token < further * BLOCK, begin, block * (BLOCK * slot_stride))
+    return begin + token % BLOCK * slot_stride
 
 
 @triton.jit
 def _join_kernel(
-    part_out, part_logsumexp, lengths, prompt_blocks, out,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, LEAST_TOKENS: tl.constexpr,
-    PROMPT_PARTS: tl.constexpr, OWN_PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    part_out, part_logsumexp, of_row, out,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    PARTS: tl.constexpr = PROMPT_PARTS + OWN_PARTS
     owner = tl.program_id(0)
-    row = owner // HEADS
     part = tl.arange(0, PARTS_BLOCK)
     channel = tl.arange(0, SIZE_BLOCK)
-    common = tl.load(prompt_blocks + row) * BLOCK
-    own = tl.load(lengths + row) - common
-    # Nothing was written of parts without tokens.
-    of_prompt = part * _tokens_of_a_part(common, PROMPT_PARTS, LEAST_TOKENS, TOKENS) < common
-    of_row = (part - PROMPT_PARTS) * _tokens_of_a_part(own, OWN_PARTS, LEAST_TOKENS, TOKENS) < own
-    there = tl.where(part < PROMPT_PARTS, of_prompt, of_row) & (part < PARTS)
+    there = part < tl.load(of_row + owner // HEADS)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     logsumexp = tl.load(part_logsumexp + owner * PARTS + part, mask=there, other=float("-inf"))
-    weights = tl.exp(logsumexp - tl.max(logsumexp, axis=0))
+    weights = tl.exp2(logsumexp - tl.max(logsumexp, axis=0))
     weights = weights / tl.sum(weights, axis=0)
     wanted = there[:, None] & (channel < SIZE)[None, :]
     some = tl.load(part_out + (owner * PARTS + part)[:, None] * SIZE + channel[None, :], mask=wanted, other=0.0)

@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     parts: int  # that the inputs are divided into at most, each a program
     warps: int
     stages: int  # loads in flight
+    overlapped: bool = True  # each launch begins before the one ahead of it has ended, where the GPU can
 
 
 # One for each processor of a large GPU.
@@ -46,6 +47,18 @@ def tiles_for(sizes: Sequence[int], inputs: int) -> Tiles:
         return Tiles(128, 64, 1, 4, 4)
     programs = sum(-(-size // 64) for size in sizes)
     return Tiles(64, 128, max(1, min(_MOST_PARTS, _PROGRAMS // programs, inputs // 512)), 4, 4)
+
+
+def stages_that_fit(tiles: Tiles, row_block: int, down_block: int, down_bytes: int, shared_bytes: int) -> int:
+    """Of tiles.stages as many as shared memory holds, at least one: a smaller GPU has room for fewer loads in flight.
+
+    Args:
+        row_block: rows of x in a tile.
+        down_block: rows of an A matrix in a tile, of so many bytes a number; 0 without adapters.
+        shared_bytes: that one program may use.
+    """
+    stage = tiles.inputs * (max(tiles.outputs * 2, down_block * down_bytes) + row_block * 2)
+    return max(1, min(tiles.stages, shared_bytes // stage))
 
 
 # Opaque to compilers, and the number of rows is looked at inside: code compiled for any number of rows serves all.

@@ -6,6 +6,13 @@ second launch joins the partial sums and adds B's share and the bias before the 
 operand of each product, so that rows lie along the side that matrix units take in eights: what kind of unit is used, and
 in which order a sum is formed, depends on the weights' shapes alone and not on the rows, nor on how many there are.
 
+Launches overlap on Hopper and newer (programmatic dependent launch): a program may start while the kernel ahead of its own still runs,
+and waits. That is safe because every program waits (`gdc_wait`) before it reads what an earlier kernel may have written, and before it
+writes anything: all that came before has then ended, since no kernel ends without having waited itself, whether it is one of these or an
+ordinary one. Each lets the next one start only after its own wait, so that `_join_kernel` runs beside its `_stream_kernel` alone, and may
+read B, which that does not write, before it waits for the sums. Weights brought into the cache ahead of the wait, of the same product or
+of the next, made a step no shorter on an H200.
+
 Imported only where there is a GPU, since Triton is. No atomics: a run repeats bit by bit.
 """
 
@@ -15,13 +22,14 @@ Imported only where there is a GPU, since Triton is. No atomics: a run repeats b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from finesight.models.few_rows import MOST_LAYERS, Tiles
+from finesight.models.few_rows import MOST_LAYERS, Tiles, stages_that_fit
 
 _JOINED_OUTPUTS = 16  # of a program of the second launch: many small ones, since each of them waits for memory
 
@@ -58,18 +66,35 @@ def few_rows_products(
     left = x.new_empty((parts, adapters, rank_block, row_block), dtype=torch.float32)
     shapes = (rows, *_padded(sizes), *_padded([down.shape[0] for down in downs] if rank else [0]), adapters)
     results = (*_padded(biases), *_padded(outs))
+    down_block = rank_block if rank else 0
+    stages = stages_that_fit(tiles, row_block, down_block, downs[0].element_size() if rank else 0, shared_bytes(x.device))
+    overlapped = tiles.overlapped and can_overlap(x.device)
+    launched = {"OVERLAPPED": True, "launch_pdl": True} if overlapped else {"OVERLAPPED": False}
     _stream_kernel[adapters + ends[-1], parts](
         x, *_padded(weights), *_padded(downs if rank else weights), *results, partial, left, *shapes, *_padded(ends), inputs, part_inputs,
         ROWS=row_block, OUTPUTS=tiles.outputs, INPUTS=tiles.inputs, RANKS=rank_block, ADAPTED=rank > 0, JOINED=joined,
-        EVEN=inputs % tiles.inputs == 0, num_warps=tiles.warps, num_stages=tiles.stages,
+        EVEN=inputs % tiles.inputs == 0, num_warps=tiles.warps, num_stages=stages, **launched,
     )  # fmt: skip
     if joined:
         _join_kernel[(triton.cdiv(ends[-1] * tiles.outputs, _JOINED_OUTPUTS),)](
             partial, left, *_padded(ups if rank else weights), *results, *_padded([float(s) for s in scales] if rank else [1.0]), *shapes,
-            *_padded([end * tiles.outputs for end in ends]),
-            ROWS=row_block, JOINED_OUTPUTS=_JOINED_OUTPUTS, RANKS=rank_block, ADAPTED=rank > 0, PARTS=parts, num_warps=4,
+            *_padded([end * tiles.outputs // _JOINED_OUTPUTS for end in ends]),
+            ROWS=row_block, JOINED_OUTPUTS=_JOINED_OUTPUTS, RANKS=rank_block, ADAPTED=rank > 0, PARTS=parts, num_warps=4, **launched,
         )  # fmt: skip
     return outs
+
+
+@lru_cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may use."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@lru_cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether launches can be made dependent on one another, and their programs wait: Hopper and newer."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _padded(items: Sequence[Any]) -> list[Any]:
@@ -86,7 +111,7 @@ def _stream_kernel(
     x, weight_0, weight_1, weight_2, down_0, down_1, down_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, partial, left,
     rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, adapters, end_0, end_1, end_2, inputs, part_inputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, JOINED: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, or all of an A matrix, over one part of the inputs."""
     part = tl.program_id(1)
@@ -101,6 +126,9 @@ def _stream_kernel(
         if layer == 2:
             down, rank = down_2, rank_2
         if rank > 0:
+            if OVERLAPPED:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
             inner = _product(x, down, 0, rank, rows, inputs, begin, end, ROWS, RANKS, INPUTS, EVEN)
             _store_whole(left, (part * adapters + layer).to(tl.int64), inner, ROWS, RANKS)
     else:
@@ -109,6 +137,9 @@ def _stream_kernel(
             weight, size, first = weight_1, size_1, (tile - end_0) * OUTPUTS
         if tile >= end_1:
             weight, size, first = weight_2, size_2, (tile - end_1) * OUTPUTS
+        if OVERLAPPED:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         total = _product(x, weight, first, size, rows, inputs, begin, end, ROWS, OUTPUTS, INPUTS, EVEN)
         if JOINED:
             _store_whole(partial, (part * end_2 + tile).to(tl.int64), total, ROWS, OUTPUTS)
@@ -125,27 +156,41 @@ def _join_kernel(
     partial, left, up_0, up_1, up_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, scale_0, scale_1, scale_2,
     rows, size_0, size_1, size_2, rank_0, rank_1, rank_2, adapters, end_0, end_1, end_2,
     ROWS: tl.constexpr, JOINED_OUTPUTS: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs of one layer: the sum over all parts, B's share, the bias. Ends are of lines here, not of tiles."""
-    line = tl.program_id(0) * JOINED_OUTPUTS
-    places = (line + tl.arange(0, JOINED_OUTPUTS))[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    total = tl.load(partial + places)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(partial + tl.cast(part * end_2, tl.int64) * ROWS + places)
-    if line < end_0:
-        if ADAPTED:
-            total = _add_delta(total, left, up_0, scale_0, line, size_0, rank_0, 0, adapters, out_0, ROWS, JOINED_OUTPUTS, RANKS, PARTS)
-        _finish(total, bias_0, out_0, line, size_0, rows, ROWS, JOINED_OUTPUTS)
-    elif line < end_1:
-        first = line - end_0
-        if ADAPTED:
-            total = _add_delta(total, left, up_1, scale_1, first, size_1, rank_1, 1, adapters, out_1, ROWS, JOINED_OUTPUTS, RANKS, PARTS)
-        _finish(total, bias_1, out_1, first, size_1, rows, ROWS, JOINED_OUTPUTS)
+    """Some outputs of one layer: the sum over all parts, B's share, the bias. Ends are of programs here, not of tiles."""
+    tile = tl.program_id(0)
+    if tile < end_0:
+        _join(partial, left, up_0, bias_0, out_0, scale_0, tile, tile * JOINED_OUTPUTS, rows, size_0, rank_0, 0, adapters, end_2,
+              ROWS, JOINED_OUTPUTS, RANKS, ADAPTED, PARTS, OVERLAPPED)  # fmt: skip
+    elif tile < end_1:
+        _join(partial, left, up_1, bias_1, out_1, scale_1, tile, (tile - end_0) * JOINED_OUTPUTS, rows, size_1, rank_1, 1, adapters, end_2,
+              ROWS, JOINED_OUTPUTS, RANKS, ADAPTED, PARTS, OVERLAPPED)  # fmt: skip
     else:
-        first = line - end_1
-        if ADAPTED:
-            total = _add_delta(total, left, up_2, scale_2, first, size_2, rank_2, 2, adapters, out_2, ROWS, JOINED_OUTPUTS, RANKS, PARTS)
-        _finish(total, bias_2, out_2, first, size_2, rows, ROWS, JOINED_OUTPUTS)
+        _join(partial, left, up_2, bias_2, out_2, scale_2, tile, (tile - end_1) * JOINED_OUTPUTS, rows, size_2, rank_2, 2, adapters, end_2,
+              ROWS, JOINED_OUTPUTS, RANKS, ADAPTED, PARTS, OVERLAPPED)  # fmt: skip
+
+
+@triton.jit
+def _join(
+    partial, left, up, bias, out, scale, tile, first, rows, size, rank, layer: tl.constexpr, adapters, tiles,
+    ROWS: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, PARTS: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one layer from the first on: one of so many tiles (LINES, ROWS) of all layers."""
+    if ADAPTED:
+        line, number = first + tl.arange(0, LINES), tl.arange(0, RANKS)
+        mask = (line < size)[:, None] & (number < rank)[None, :]
+        some_up = tl.load(up + line[:, None] * rank + number[None, :], mask=mask, other=0.0).to(out.dtype.element_ty)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    inside = tl.arange(0, LINES)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    total = tl.load(partial + tl.cast(tile, tl.int64) * (LINES * ROWS) + inside)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(partial + tl.cast(part * tiles + tile, tl.int64) * (LINES * ROWS) + inside)
+    if ADAPTED:
+        total = _add_delta(total, left, some_up, scale, rank, layer, adapters, ROWS, RANKS, PARTS)
+    _finish(total, bias, out, first, size, rows, ROWS, LINES)
 
 
 @triton.jit
@@ -181,22 +226,18 @@ def _store_whole(target, place, total, ROWS: tl.constexpr, LINES: tl.constexpr):
 
 @triton.jit
 def _add_delta(
-    total, left, up, scale, first, size, rank, layer: tl.constexpr, adapters, out,
-    ROWS: tl.constexpr, LINES: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """total + s B (x Aᵀ)ᵀ: (LINES, ROWS)."""
-    line = first + tl.arange(0, LINES)
+    total, left, some_up, scale, rank, layer: tl.constexpr, adapters, ROWS: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr
+):
+    """total + s B (x Aᵀ)ᵀ: (LINES, ROWS), with those lines of B: (LINES, RANKS)."""
     number = tl.arange(0, RANKS)
     places = (layer * RANKS + number)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
     inner = tl.zeros((RANKS, ROWS), dtype=tl.float32)
     for part in tl.static_range(0, PARTS):
         inner += tl.load(left + part * adapters * RANKS * ROWS + places, mask=(number < rank)[:, None], other=0.0)
     inner = inner * scale
-    some_up = tl.load(up + line[:, None] * rank + number[None, :], mask=(line < size)[:, None] & (number < rank)[None, :], other=0.0)
-    some_up = some_up.to(out.dtype.element_ty)
     # As two numbers of the product's precision, so that nothing is lost of what was summed in float32.
-    high = inner.to(out.dtype.element_ty)
-    low = (inner - high.to(tl.float32)).to(out.dtype.element_ty)
+    high = inner.to(some_up.dtype)
+    low = (inner - high.to(tl.float32)).to(some_up.dtype)
     total = tl.dot(some_up, low, total, input_precision="ieee")
     return tl.dot(some_up, high, total, input_precision="ieee")
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from finesight.models.low_rank import has_triton
 from finesight.models.quantized_vocabulary import vocabulary_blocks
 
 # Rows of logits held at once: 1,024 rows of a vocabulary of 151,936 in float32 take 0.6 GiB.
@@ -28,8 +30,8 @@ def target_logprobs(
 ) -> torch.Tensor:
     """log softmax(hidden @ weightᵀ / temperature)[token] of each target.
 
-    Only `chunk` rows of logits exist at a time. The backward pass computes them again from the saved logsumexp, so that
-    memory does not grow with N × V, and any loss may be put on the result.
+    Only `chunk` rows of logits exist at a time, so that memory does not grow with N × V, and any loss may be put on the result.
+    A frozen matrix is multiplied with twice; for the gradient of one that trains, logits are computed again in the backward pass.
 
     Args:
         hidden: (N, D) final hidden states.
@@ -71,80 +73,136 @@ class _Head:
     forbidden: torch.Tensor | None
     entropies: bool = False
 
-    def logits(self, hidden: torch.Tensor, weight: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
-        """(N, V) in `exact`, under temperature and forbidden tokens."""
-        logits = _logits(hidden, weight, self.scale, exact)
-        if self.forbidden is not None:
-            logits.index_fill_(1, self.forbidden, -torch.inf)
-        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """hidden @ weightᵀ before the temperature, (N, V); -inf for forbidden tokens."""
+        logits = _logits(hidden, weight, self.scale)
+        return logits if self.forbidden is None else logits.index_fill_(1, self.forbidden, -torch.inf)
 
 
 def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, exact: torch.dtype) -> torch.Tensor:
-    """hidden @ weightᵀ, (N, V) in `exact`."""
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """hidden @ weightᵀ, (N, V)."""
     if scale is None:
-        return (hidden @ weight.T).to(exact)
-    out = torch.empty(hidden.shape[0], weight.shape[0], dtype=exact, device=hidden.device)
+        return hidden @ weight.T
+    out = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     for places, block in vocabulary_blocks(weight, scale, hidden.dtype):
         out[:, places] = hidden @ block.T
     return out
 
 
-def _times_weight(grad_logits: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, exact: torch.dtype) -> torch.Tensor:
+def _times_weight(grad_logits: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """grad_logits @ weight, (N, D)."""
     if scale is None:
         return grad_logits @ weight
-    total = torch.zeros(grad_logits.shape[0], weight.shape[1], dtype=exact, device=weight.device)
+    total = torch.zeros(grad_logits.shape[0], weight.shape[1], dtype=_exact_dtype(grad_logits.dtype), device=weight.device)
     for places, block in vocabulary_blocks(weight, scale, grad_logits.dtype):
         total += grad_logits[:, places] @ block
     return total
 
 
+def _has_kernels(logits: torch.Tensor) -> bool:
+    return logits.is_cuda and logits.dtype != torch.float64 and has_triton(logits.device.index)
+
+
+def read_rows(
+    logits: torch.Tensor, token: torch.Tensor, temperature: float, entropies: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of each row's softmax(logits / temperature): the token's log-probability, the logsumexp, and the entropy if asked for.
+
+    Args:
+        logits: (N, V), -inf for what has no probability.
+        token: (N,) int64.
+
+    Returns:
+        (N,) each, in float32 (float64 for float64 logits).
+    """
+    if _has_kernels(logits):
+        from finesight.models import logprobs_kernels
+
+        with torch.cuda.device_of(logits):
+            return logprobs_kernels.read_rows(logits, token, temperature, entropies)
+    logits = logits.to(_exact_dtype(logits.dtype)) / temperature
+    logsumexp = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(1, token[:, None]).squeeze(1) - logsumexp
+    if not entropies:
+        return logprobs, logsumexp, None
+    return logprobs, logsumexp, torch.special.entr(logits.sub_(logsumexp[:, None]).exp_()).sum(dim=-1)
+
+
+def logits_gradient(
+    logits: torch.Tensor, token: torch.Tensor, logsumexp: torch.Tensor, grad: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """grad (onehot(token) - softmax(logits / temperature)) of each row, (N, V) in the precision of the logits, which may be overwritten.
+
+    Args:
+        logits: (N, V); token: (N,) int64.
+        logsumexp: (N,) of logits / temperature, and grad: (N,); both as :func:`read_rows` gives them.
+    """
+    if _has_kernels(logits):
+        from finesight.models import logprobs_kernels
+
+        with torch.cuda.device_of(logits):
+            return logprobs_kernels.logits_gradient(logits, token, logsumexp, grad, temperature)
+    exact = logits.to(logsumexp.dtype) / temperature
+    exact.sub_(logsumexp[:, None]).exp_().mul_(-grad[:, None]).scatter_add_(1, token[:, None], grad[:, None])
+    return exact.to(logits.dtype)
+
+
 class _TargetLogProbs(torch.autograd.Function):
-    """d logp / d logits = (onehot(token) - softmax(logits / T)) / T, with softmax = exp(logits / T - logsumexp)."""
+    """d logp / d logits = (onehot(token) - softmax(logits / T)) / T, with softmax = exp(logits / T - logsumexp).
+
+    A hidden state moves the log-probability of its own target alone. So d logp / d hidden is one vector for each target,
+    whatever the loss: under a frozen weight it is computed while the logits are there, and the backward pass only scales it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, token: torch.Tensor, head: _Head
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        exact = _exact_dtype(hidden.dtype)
         weight = weight.to(hidden.dtype) if head.scale is None else weight
-        logprobs = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
+        logprobs = torch.empty(hidden.shape[0], dtype=_exact_dtype(hidden.dtype), device=hidden.device)
         logsumexp = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs if head.entropies else logprobs[:0])
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        directions = torch.empty_like(hidden) if needs_hidden and not needs_weight else None
+        inverse = torch.full_like(logprobs, 1 / head.temperature)
         for start in range(0, hidden.shape[0], head.chunk):
             rows = slice(start, start + head.chunk)
-            logits = head.logits(hidden[rows], weight, exact)
-            logsumexp[rows] = torch.logsumexp(logits, dim=-1)
-            logprobs[rows] = logits.gather(1, token[rows, None]).squeeze(1) - logsumexp[rows]
-            if head.entropies:
-                probabilities = logits.sub_(logsumexp[rows, None]).exp_()
-                entropies[rows] = torch.special.entr(probabilities).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, token, logsumexp)
+            logits = head.logits(hidden[rows], weight)
+            logprobs[rows], logsumexp[rows], found = read_rows(logits, token[rows], head.temperature, head.entropies)
+            if found is not None:
+                entropies[rows] = found
+            if directions is not None:
+                logits = logits_gradient(logits, token[rows], logsumexp[rows], inverse[rows], head.temperature)
+                directions[rows] = _times_weight(logits, weight, head.scale)
+            del logits  # before those of the next chunk are there
+        # Of a weight that trains, the gradient needs the logits once more; of a frozen one, neither is needed.
+        ctx.save_for_backward(directions, *((hidden, weight, token, logsumexp) if needs_weight else ()))
         ctx.head = head
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         head: _Head = ctx.head
-        hidden, weight, token, logsumexp = ctx.saved_tensors
-        grad = grads[0] if head.temperature == 1.0 else grads[0] / head.temperature
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        directions, *others = ctx.saved_tensors
+        if directions is not None:
+            return (directions * grads[0][:, None]).to(directions.dtype), None, None, None
+        hidden, weight, token, logsumexp = others
+        grad = grads[0] / head.temperature
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are added up in full precision: bfloat16 would lose most of the later ones.
-        grad_weight = torch.zeros_like(weight, dtype=logsumexp.dtype) if needs_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=logsumexp.dtype)
         for start in range(0, hidden.shape[0], head.chunk):
             rows = slice(start, start + head.chunk)
-            logits = head.logits(hidden[rows], weight, logsumexp.dtype)
-            grad_logits = torch.exp(logits - logsumexp[rows, None]).mul_(-grad[rows, None])
-            grad_logits.scatter_add_(1, token[rows, None], grad[rows, None])
-            grad_logits = grad_logits.to(hidden.dtype)
+            logits = head.logits(hidden[rows], weight)
+            logits = logits_gradient(logits, token[rows], logsumexp[rows], grad[rows], head.temperature)
             if grad_hidden is not None:
-                grad_hidden[rows] = _times_weight(grad_logits, weight, head.scale, logsumexp.dtype)
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+                grad_hidden[rows] = _times_weight(logits, weight, head.scale)
+            grad_weight += logits.T @ hidden[rows]
+            del logits
+        return grad_hidden, grad_weight.to(weight.dtype), None, None

@@ -7,7 +7,7 @@ computes passes through :meth:`PackedModel.forward`, so that DDP, FSDP2 and comp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,7 @@ class PackedModel(nn.Module):
         self._blank: tuple[torch.Tensor, TowerLayout] | None = None  # its patches and their layout, once needed
         self._offload = Offload()
         self._run_layer, self._run_last, self._run_block = self._layer_functions(compile_layers, mlp_chunk_tokens, say)
-        self._decoding: tuple[_Many, _Many, _Many] | None = None
+        self._decoding: Sequence[_Many] | None = None
 
     def _layer_functions(self, compiled: bool, mlp_chunk_tokens: int | None, say: Callable[[str], None]) -> tuple[_Function, ...]:
         """How a decoder layer, the last of them (never compiled: its shapes differ) and a tower block are computed."""
@@ -104,17 +104,17 @@ class PackedModel(nn.Module):
         run = partial(_run_halves, prepared(run_layer), mix, mlp)
         return run, partial(_run_halves, run_layer, run_attention, last_mlp), prepared(run_block)
 
-    def compiled_for_decoding(self, say: Callable[[str], None]) -> tuple[_Many, _Many, _Many]:
-        """:func:`projections`, :func:`next_projections` and :func:`finish_layer`, compiled; the same at each call, so that every decoder
-        of a run finds what the first one compiled, or that it could not be.
+    def compiled_for_decoding(self, functions: Sequence[_Many], say: Callable[[str], None]) -> Sequence[_Many]:
+        """Functions of a decoding step, compiled; the same at each call, so that every decoder of a run finds what the first one
+        compiled, or that it could not be.
 
         Args:
-            say: is told, once, if it cannot be.
+            functions: the same at each call.
+            say: is told, once, if one cannot be compiled.
         """
         if self._decoding is None:
-            begin, between, end = DECODING
             say = _once(say)
-            self._decoding = CompiledFunction(begin, say), CompiledFunction(between, say), CompiledFunction(end, say)
+            self._decoding = [CompiledFunction(function, say, overlapped=True) for function in functions]
         return self._decoding
 
     def add_unit(self, unit: ShardedUnit) -> None:
@@ -144,7 +144,11 @@ class PackedModel(nn.Module):
 
         Where it asks for entropies too: (2, N), log-probabilities and entropies.
         """
-        return self._within(self.base.lm_head, _score, self.target_states(batch), batch)
+        return self.score(self.target_states(batch), batch)
+
+    def score(self, states: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """What :meth:`forward` gives, of the final hidden states (N, D) of :meth:`target_states`."""
+        return self._within(self.base.lm_head, _score, states, batch)
 
     def target_states(self, batch: PackedBatch, observe: KeysAndValues | None = None) -> torch.Tensor:
         """(N, D): the final hidden state that must give each target.
@@ -162,7 +166,7 @@ class PackedModel(nn.Module):
             hidden = hidden.index_copy(0, batch.visual_index, merged)
         if nothing is not None:
             hidden = hidden + nothing.to(hidden.dtype)
-        cos, sin = self.rotary(batch.position_ids, hidden)
+        cos, sin = rotary(text, batch.position_ids, hidden)
         levels = features.deepstack if features is not None else ()
         run = self._run_layer if observe is None else run_layer
         for index, layer in enumerate(text.layers):
@@ -178,15 +182,6 @@ class PackedModel(nn.Module):
                 level = levels[index].index_select(0, batch.visual_source).to(hidden.dtype)
                 hidden = hidden.index_add(0, batch.visual_index, level)
         return text.norm(hidden.index_select(0, batch.predict_from))
-
-    def rotary(self, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine (T, d) of positions (3, T), the M-RoPE axes joined."""
-        text = self.base.model.language_model
-        cos, sin = text.rotary_emb(like, position_ids.unsqueeze(1))
-        if cos.ndim == 4:  # Qwen2.5-VL up to transformers 5.17 leaves the axes (3, 1, T, d) to the attention
-            sections = text.config.rope_parameters["mrope_section"] * 2
-            cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(x.split(sections, dim=-1))], dim=-1) for x in (cos, sin))
-        return cos.squeeze(0), sin.squeeze(0)
 
     def visual_features(self, batch: PackedBatch) -> VisualFeatures | None:
         """Features of the batch's distinct images and videos, computed ones first, then those that were kept.
@@ -335,6 +330,20 @@ def projections(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, t
     return query, key, value
 
 
+def rotary(text: nn.Module, position_ids: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (T, d) of positions (3, T), the M-RoPE axes joined.
+
+    Args:
+        text: the language model.
+        like: whose precision they get.
+    """
+    cos, sin = text.rotary_emb(like, position_ids.unsqueeze(1))
+    if cos.ndim == 4:  # Qwen2.5-VL up to transformers 5.17 leaves the axes (3, 1, T, d) to the attention
+        sections = text.config.rope_parameters["mrope_section"] * 2
+        cos, sin = (torch.cat([part[i % 3] for i, part in enumerate(x.split(sections, dim=-1))], dim=-1) for x in (cos, sin))
+    return cos.squeeze(0), sin.squeeze(0)
+
+
 def rotate(
     attention: nn.Module, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -352,13 +361,14 @@ def next_projections(
     return hidden, *projections(following, hidden)
 
 
+def last_states(layer: nn.Module, norm: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """:func:`finish_layer` of the last layer, and the norm that comes after it."""
+    return norm(finish_layer(layer, hidden, mixed))
+
+
 def finish_layer(layer: nn.Module, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
     """What follows attention: output projection and MLP, each added to the residual stream; (T, D)."""
     return run_mlp(layer, hidden + project([layer.self_attn.o_proj], mixed)[0])
-
-
-# What lies before, between and after the attentions of a decoding step.
-DECODING: tuple[_Many, _Many, _Many] = (projections, next_projections, finish_layer)
 
 
 def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
