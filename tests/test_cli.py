@@ -183,7 +183,8 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("reward", "reason"),
         [
-            ("none.py:f", "none.py does not exist"),
+            ("none.py:f", "no file none.py, neither beside the recipe nor in /"),
+            ("/none.py:f", "no file /none.py."),
             ("own.py:needs", "takes 'difficulty', which is no column of the rows"),
             ("box_f1", "data/train.jsonl, row 0"),
             ("exact_mach", "Did you mean 'exact_match'"),
@@ -194,6 +195,20 @@ class TestCheck:
         assert run("check", "recipe.yaml", "grpo={}", "rewards=[exact_match]").status == 0
         ran = run("check", "recipe.yaml", "grpo={}", f"rewards=[{reward}]")
         assert ran.status == 2 and reason in ran.err
+
+    def test_functions_beside_a_recipe_in_another_folder(self, work: Path, run: Run) -> None:
+        """Its own folder first, then the present one; what it names by data stays as it is."""
+        Path("kept").mkdir()
+        Path("recipe.yaml").rename("kept/recipe.yaml")
+        for folder, column in (("kept", "beside"), (".", "here")):
+            Path(folder, "own.py").write_text(f"def reward(completions, {column}):\n    return []\n", encoding="utf-8")
+        Path("only_here.py").write_text("def reward(completions, here):\n    return []\n", encoding="utf-8")
+        Path("kept/grade.py").write_text("def grade(answer, conversation):\n    return 1.0\n", encoding="utf-8")
+        task = "evaluation.tasks=[{name: t, data: data/train.jsonl, grader: grade.py:grade}]"
+        for reward, column in (("own.py", "beside"), ("own.py:reward", "beside"), ("only_here.py", "here")):
+            ran = run("check", "kept/recipe.yaml", "grpo={}", f"rewards=[{reward}]", task)
+            assert ran.status == 2 and f"takes '{column}', which is no column" in ran.err
+        assert run("check", "kept/recipe.yaml", "grpo={}", "rewards=[exact_match]", task).status == 0
 
     def test_missing_data(self, work: Path, run: Run) -> None:
         ran = run("check", "data/none.jsonl")

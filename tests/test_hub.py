@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from tiny import tiny_checkpoint
 
 from finesight.data.processor import checkpoint_folder, load_processor
 from finesight.errors import ModelError
 from finesight.hub import cached_checkpoint, why_unreachable
+from tiny import tiny_checkpoint
 
 NAME, COMMIT = "Qwen/Qwen3-VL-tiny", "0123456789abcdef0123456789abcdef01234567"
 
@@ -128,6 +128,6 @@ def test_a_hub_that_was_forbidden_is_not_asked(hub: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with caplog.at_level(logging.WARNING):
         assert Path(checkpoint_folder(NAME)).name == COMMIT
-        with pytest.raises(ModelError, match="HF_HUB_OFFLINE .* forbids"):
+        with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE .* forbids"):
             checkpoint_folder("Qwen/other")
     assert not caplog.records  # as was asked for
