@@ -175,6 +175,13 @@ class TestCheck:
         assert report["rows"]["usable"] == 10 and report["can_train"] is False
         assert {row["row"] for group in report["rows"]["bad"] for row in group["rows"]} == {6, 7}
 
+    def test_the_cost_of_reinforcement(self, work: Path, run: Run) -> None:
+        settings = ("grpo={num_generations: 4}", "rewards=[exact_match]", "training.train_batch_size=8", "training.max_steps=10")
+        table = run("check", "recipe.yaml", *settings)
+        assert table.status == 0 and "The run: 10 steps (6 an epoch)" in table.out and "completions (4 of a prompt)" in table.out
+        cost = json.loads(run("check", "recipe.yaml", *settings, "--json").out)["group_cost"]
+        assert (cost["prompts"], cost["completions"], cost["most_completion_tokens"]) == (20, 80, 80 * 256)
+
     def test_too_long_samples_are_listed_with_their_tokens(self, work: Path, run: Run) -> None:
         ran = run("check", "recipe.yaml", "data.max_length_tokens=90")
         assert ran.status == 1
