@@ -451,7 +451,7 @@ class TestPredictWithDamagedImages:
         ran = run(*common)
         assert ran.status == 2
         assert "data/images, row 3" in ran.err and "3.png cannot be decoded" in ran.err and "add --on-bad-row skip" in ran.err
-        assert "The 3 answers so far are in a.jsonl.partial" in ran.err
+        assert "3 answers so far: a.jsonl.partial" in ran.err
         assert len(answers(Path("a.jsonl.partial"))) == 3
         assert Path("a.jsonl").read_text(encoding="utf-8") == "earlier\n"
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.markup import escape
 from rich.table import Table
 
+from finesight.wording import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,7 +53,7 @@ def _show_content(audit: DatasetAudit, console: Console) -> None:
         (rows.zero_weight, "of weight 0 (not trained on)"),
     ):
         if count:
-            console.print(f"  {_number(count, 'row')} {what}")
+            console.print(f"  {counted(count, 'row')} {what}")
     if audit.images.count or audit.videos.count:
         table = _table("", "all", "distinct", "width", "height", "rows of one", "rows that share one", "frames")
         for name, media in (("images", audit.images), ("videos", audit.videos)):
@@ -96,7 +98,7 @@ def _show_tokens(tokens: TokenFigures, console: Console, *, supervised: bool) ->
 
 def _show_cost(cost: CostFigures, console: Console) -> None:
     measured = "" if cost.steps == cost.steps_per_epoch else f", from {cost.steps:,} of them"
-    console.print(f"[bold]One epoch[/bold]: {_number(cost.steps_per_epoch, 'step')}{measured}")
+    console.print(f"[bold]One epoch[/bold]: {counted(cost.steps_per_epoch, 'step')}{measured}")
     table = _table("tokens computed", "tokens", "")
     table.add_row("padded batches", f"{cost.padded_tokens:,}", f"{cost.padding:.0%} of it padding")
     table.add_row("packed", f"{cost.tokens:,}", "no padding")
@@ -110,8 +112,8 @@ def _show_cost(cost: CostFigures, console: Console) -> None:
 
 def _show_group_cost(cost: GroupCostFigures, run: GroupRun, console: Console) -> None:
     sizes = run.sizes
-    sampled = "" if cost.rollouts == cost.steps else f", {_number(cost.rollouts, 'rollout')}"
-    console.print(f"[bold]The run[/bold]: {_number(cost.steps, 'step')} ({cost.steps_per_epoch:,} an epoch){sampled}")
+    sampled = "" if cost.rollouts == cost.steps else f", {counted(cost.rollouts, 'rollout')}"
+    console.print(f"[bold]The run[/bold]: {counted(cost.steps, 'step')} ({cost.steps_per_epoch:,} an epoch){sampled}")
     table = _table("", "a step", "the run")
     table.add_row("prompts", f"{cost.prompts_per_step:,}", f"{cost.prompts:,}")
     table.add_row(f"completions ({sizes.num_generations} of a prompt)", f"{cost.completions_per_step:,}", f"{cost.completions:,}")
@@ -138,7 +140,7 @@ def _show_group_cost(cost: GroupCostFigures, run: GroupRun, console: Console) ->
         (cost.most_ablated_completions, "with the images blanked (grpo.image_ablation_steps)"),
     ):
         if count:
-            console.print(f"  and at most {_number(count, 'completion')} more {what}")
+            console.print(f"  and at most {counted(count, 'completion')} more {what}")
 
 
 def _show_problems(audit: DatasetAudit, console: Console) -> None:
@@ -191,11 +193,7 @@ def _obstacles(audit: DatasetAudit) -> str:
 
 
 def _count(entries: Sequence[object], what: str) -> str:
-    return _number(len(entries), what)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
+    return counted(len(entries), what)
 
 
 def _repeated(group: DuplicateGroup) -> str:

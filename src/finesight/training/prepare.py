@@ -32,7 +32,8 @@ from finesight.tasks.frames import frames_of
 from finesight.tasks.graders import check_graders
 from finesight.tasks.reward_types import Reward
 from finesight.tasks.rewards import check_rewards, load_rewards
-from finesight.training.telemetry import counted, padding_saved, progress, sharing_ratio
+from finesight.training.telemetry import padding_saved, progress, sharing_ratio
+from finesight.wording import counted
 
 if TYPE_CHECKING:
     from finesight.data.feed import Feed
