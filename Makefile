@@ -36,7 +36,7 @@ check: setup  ## Lint, formatting and types
 	$(BIN)/mypy
 
 test: setup check  ## check, then every test that runs on a CPU
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)

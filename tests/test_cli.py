@@ -175,6 +175,13 @@ class TestCheck:
         assert report["rows"]["usable"] == 10 and report["can_train"] is False
         assert {row["row"] for group in report["rows"]["bad"] for row in group["rows"]} == {6, 7}
 
+    def test_the_cost_of_reinforcement(self, work: Path, run: Run) -> None:
+        settings = ("grpo={num_generations: 4}", "rewards=[exact_match]", "training.train_batch_size=8", "training.max_steps=10")
+        table = run("check", "recipe.yaml", *settings)
+        assert table.status == 0 and "The run: 10 steps (6 an epoch)" in table.out and "completions (4 of a prompt)" in table.out
+        cost = json.loads(run("check", "recipe.yaml", *settings, "--json").out)["group_cost"]
+        assert (cost["prompts"], cost["completions"], cost["most_completion_tokens"]) == (20, 80, 80 * 256)
+
     def test_too_long_samples_are_listed_with_their_tokens(self, work: Path, run: Run) -> None:
         ran = run("check", "recipe.yaml", "data.max_length_tokens=90")
         assert ran.status == 1
@@ -183,7 +190,8 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("reward", "reason"),
         [
-            ("none.py:f", "none.py does not exist"),
+            ("none.py:f", "no file none.py, neither beside the recipe nor in /"),
+            ("/none.py:f", "no file /none.py."),
             ("own.py:needs", "takes 'difficulty', which is no column of the rows"),
             ("box_f1", "data/train.jsonl, row 0"),
             ("exact_mach", "Did you mean 'exact_match'"),
@@ -194,6 +202,20 @@ class TestCheck:
         assert run("check", "recipe.yaml", "grpo={}", "rewards=[exact_match]").status == 0
         ran = run("check", "recipe.yaml", "grpo={}", f"rewards=[{reward}]")
         assert ran.status == 2 and reason in ran.err
+
+    def test_functions_beside_a_recipe_in_another_folder(self, work: Path, run: Run) -> None:
+        """Its own folder first, then the present one; what it names by data stays as it is."""
+        Path("kept").mkdir()
+        Path("recipe.yaml").rename("kept/recipe.yaml")
+        for folder, column in (("kept", "beside"), (".", "here")):
+            Path(folder, "own.py").write_text(f"def reward(completions, {column}):\n    return []\n", encoding="utf-8")
+        Path("only_here.py").write_text("def reward(completions, here):\n    return []\n", encoding="utf-8")
+        Path("kept/grade.py").write_text("def grade(answer, conversation):\n    return 1.0\n", encoding="utf-8")
+        task = "evaluation.tasks=[{name: t, data: data/train.jsonl, grader: grade.py:grade}]"
+        for reward, column in (("own.py", "beside"), ("own.py:reward", "beside"), ("only_here.py", "here")):
+            ran = run("check", "kept/recipe.yaml", "grpo={}", f"rewards=[{reward}]", task)
+            assert ran.status == 2 and f"takes '{column}', which is no column" in ran.err
+        assert run("check", "kept/recipe.yaml", "grpo={}", "rewards=[exact_match]", task).status == 0
 
     def test_missing_data(self, work: Path, run: Run) -> None:
         ran = run("check", "data/none.jsonl")
@@ -429,7 +451,7 @@ class TestPredictWithDamagedImages:
         ran = run(*common)
         assert ran.status == 2
         assert "data/images, row 3" in ran.err and "3.png cannot be decoded" in ran.err and "add --on-bad-row skip" in ran.err
-        assert "The 3 answers so far are in a.jsonl.partial" in ran.err
+        assert "3 answers so far: a.jsonl.partial" in ran.err
         assert len(answers(Path("a.jsonl.partial"))) == 3
         assert Path("a.jsonl").read_text(encoding="utf-8") == "earlier\n"
 

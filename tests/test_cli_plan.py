@@ -186,7 +186,7 @@ class TestWithData:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         rows = write_rows(tmp_path / "data")
         status, _, err = run(capsys, "plan", recipe, f"data.train={rows}", "--gpu", "24GiB")
-        assert status == 2 and "Qwen3-VL-8B-Instruct here). The data's sizes" in err and "--pixels 1000000" in err
+        assert status == 2 and "that can be reached. The data's sizes" in err and "--pixels 1000000" in err
         assert run(capsys, "plan", recipe, f"data.train={rows}", "--gpu", "24GiB", "--pixels", "1000000")[0] == 0
 
 

@@ -129,7 +129,7 @@ def test_another_command_begins_anew(arguments, predict, change, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finesight.cli.predict_output._write", stop_writing(3))
         status, said = predict(*arguments)
-    assert status == 2 and "The 3 answers so far are in a.jsonl.partial; the same command goes on" in said
+    assert status == 2 and "3 answers so far: a.jsonl.partial; the same command goes on" in said
     answered = lines("a.jsonl.partial")
     status, said = predict(*arguments, *change)
     assert status == 0 and f"was made with {name}: all is answered anew" in said and len(lines("a.jsonl")) == 20

@@ -222,6 +222,29 @@ class TestWholeRecipe:
         assert load_recipe(path) == recipe
         assert "问答" in path.read_text(encoding="utf-8")
 
+    def test_code_beside_a_recipe_is_named_from_the_present_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also in what a run saves of it elsewhere; what is not beside it, and modules, keep their names."""
+        monkeypatch.chdir(tmp_path)
+        for folder in ("recipes/sub", "runs"):
+            Path(folder).mkdir(parents=True)
+        Path("recipes/own.py").touch()
+        Path("recipes/sub/grade.py").touch()
+        absolute = f"{tmp_path}/recipes/own.py:f"
+        names = ["own.py:f", "./own.py", "sub/grade.py:g", "gone.py:f", "recipes.own:f", "math", absolute]
+        rewards = [{"name": name, "weight": 0.5} for name in names]
+        content = with_model(grpo={}, rewards=rewards, evaluation={"tasks": [{"name": "t", "grader": "sub/grade.py"}]})
+        path = Path("recipes/r.yaml")
+        path.write_text(dump_recipe(parse_recipe(content)), encoding="utf-8")
+        recipe = load_recipe(path)
+        found = ["recipes/own.py:f", "recipes/own.py", "recipes/sub/grade.py:g", "gone.py:f", "recipes.own:f", "math", absolute]
+        assert [reward.name for reward in recipe.rewards] == found and {reward.weight for reward in recipe.rewards} == {0.5}
+        assert recipe.evaluation.tasks[0].grader == "recipes/sub/grade.py"
+        saved = Path("runs/recipe.yaml")
+        saved.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert load_recipe(saved) == recipe
+        monkeypatch.chdir("recipes")
+        assert [reward.name for reward in load_recipe("r.yaml").rewards] == names
+
     def test_every_setting_is_described_in_one_sentence(self) -> None:
         bare = []
         sections: list[type[Settings]] = [Recipe]

@@ -7,6 +7,7 @@ nearest known name.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +27,9 @@ _SHORT_FORMS = {"data.train": "path", "rewards": "name"}
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply dotted overrides such as ``training.learning_rate=2e-5``.
 
+    A file that a reward or grader names and that lies beside the recipe is named from the present folder from here on, as all
+    other paths of a recipe are; so is it in what a run saves.
+
     Raises:
         RecipeError: the file is missing or no YAML, a name is unknown, or a value does not fit.
     """
@@ -43,7 +47,23 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             raise RecipeError(f"Recipe {path} must hold sections (model, data, training, …), not a {type(content).__name__}.")
     for override in overrides:
         _apply_override(content, override)
-    return parse_recipe(content, origin=str(path) if path is not None else "the settings given")
+    recipe = parse_recipe(content, origin=str(path) if path is not None else "the settings given")
+    return recipe if path is None else _with_code_beside(recipe, Path(path).parent)
+
+
+def _with_code_beside(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with what :func:`_found_beside` makes of the names of its rewards and graders."""
+    rewards = [reward.model_copy(update={"name": _found_beside(reward.name, folder)}) for reward in recipe.rewards]
+    tasks = [task.model_copy(update={"grader": _found_beside(task.grader, folder)}) for task in recipe.evaluation.tasks]
+    return recipe.model_copy(update={"rewards": rewards, "evaluation": recipe.evaluation.model_copy(update={"tasks": tasks})})
+
+
+def _found_beside(name: str, folder: Path) -> str:
+    """`file.py:function` or `file.py` with the file as it is called from the present folder; other names as they are."""
+    file = name if name.endswith(".py") else name.rpartition(":")[0]
+    if not file.endswith(".py") or Path(file).is_absolute() or folder.resolve() == Path.cwd() or not (folder / file).is_file():
+        return name
+    return os.path.relpath(folder / file) + name[len(file) :]
 
 
 def parse_recipe(content: Mapping[str, Any], origin: str = "the settings given") -> Recipe:

@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from finesight.data.audit import AuditSettings, DatasetAudit, Distribution, audit
+from finesight.data.audit import DatasetAudit, Distribution, audit
+from finesight.data.audit_settings import AuditSettings, GroupRun
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.formats import read_source
+from finesight.data.groups import GroupSizes
 from finesight.data.sample import Sample, VisualItem
 from finesight.data_settings import DataSettings, SourceSettings
 from finesight.errors import BadRow
@@ -157,6 +159,12 @@ class TestCost:
         assert shrunk.scale == pytest.approx(0.256)
 
 
+def rendered(result: DatasetAudit) -> str:
+    out = io.StringIO()
+    result.render(Console(file=out, width=140))
+    return " ".join(out.getvalue().split())
+
+
 class TestResult:
     def full(self, conversations: list[Conversation]) -> DatasetAudit:
         samples = [sample(i, "k", 10 + i) for i in range(4)] + [sample(4, None, 900)]
@@ -188,14 +196,31 @@ class TestResult:
         ):
             assert expected in text, expected
 
-    def test_prompts_for_rewards_have_no_trained_tokens_and_no_cost(self, conversations: list[Conversation]) -> None:
+    def test_prompts_for_rewards_have_no_trained_tokens_and_a_cost_of_their_own(self, conversations: list[Conversation]) -> None:
         out = io.StringIO()
         samples = [sample(i, "k", 10 + i) for i in range(4)]
-        result = audit(conversations, samples, settings=AuditSettings(supervised=False))
+        groups = GroupRun(GroupSizes(4, completion_tokens=50), num_train_epochs=3, max_resampling_rounds=2, image_ablation_steps=2)
+        result = audit(conversations, samples, settings=AuditSettings(groups=groups, train_batch_size=8))
         result.render(Console(file=out, width=140))
         assert result.cost is None and result.tokens is not None and "tokens of a prompt" in out.getvalue()
         assert not any(line.split()[:1] == ["trained"] for line in out.getvalue().splitlines())
         assert "One epoch" not in out.getvalue() and "single character" not in out.getvalue()
+        text = rendered(result)
+        for expected in (
+            "The run: 6 steps (2 an epoch) a step",
+            "prompts 2 12 completions (4 of a prompt) 8 48 images and videos of prompts 2 12",
+            "tokens of prompts 87 522 of which visual 64 384 tokens of completions, at most (50 each) 400 2,400",
+            "at most 96 completions more in place of",
+            "at most 24 completions more with the images blanked",
+        ):
+            assert expected in text, (expected, text)
+        assert json.loads(json.dumps(result.to_dict()))["group_cost"]["completions"] == 48
+
+    def test_a_prompt_must_leave_room_for_its_completion(self) -> None:
+        settings = AuditSettings(token_budget=512, groups=GroupRun(GroupSizes(4, completion_tokens=100)))
+        result = audit([], [sample(0, None, 412), sample(1, None, 413)], settings=settings)
+        assert result.tokens is not None and [(long.source.row, long.tokens) for long in result.tokens.too_long] == [(1, 413)]
+        assert not result.can_train and "1 sample longer than 412 tokens" in rendered(result)
 
     def test_empty(self) -> None:
         out = io.StringIO()
@@ -220,3 +245,4 @@ class TestResult:
         assert AuditSettings.of(recipe).longest == 100 and AuditSettings.of(recipe).supervised
         rewards = parse_recipe({"model": {"name_or_path": "m"}, "grpo": {"num_generations": 4}, "rewards": ["math"]})
         assert not AuditSettings.of(rewards).supervised
+        assert AuditSettings.of(rewards).groups == GroupRun(GroupSizes(4, 256), image_ablation_steps=50)

@@ -344,7 +344,7 @@ def test_images_first(qwen3: Processor) -> None:
 
 def test_media_that_the_template_leaves_out_are_missed(qwen3: Processor) -> None:
     talk = conversation(turn("user", "Draw."), turn("assistant", "Here: ", image()))
-    with pytest.raises(TemplateError, match=r"rows\.jsonl, row 7: .* writes 0 images and 0 videos where the row has 1 images"):
+    with pytest.raises(TemplateError, match=r"rows\.jsonl, row 7: .* writes 0 images and 0 videos where the row has 1 image and 0 videos;"):
         Encoder(qwen3).encode(talk)
     with pytest.raises(TemplateError, match=r"leaves out text of turn 0 \(tool\)"):
         Encoder(replace(qwen3, chat_template=THINKING_TEMPLATE)).encode(
@@ -391,7 +391,7 @@ def test_too_long_is_refused_with_its_length(qwen3: Processor) -> None:
     length = len(Encoder(qwen3).encode(talk))
     assert len(Encoder(qwen3, max_length_tokens=length).encode(talk)) == length
     with pytest.raises(
-        DataError, match=rf"row 7: {length} tokens, \d+ of them of 1 images and videos, are more than the {length - 1} allowed"
+        DataError, match=rf"row 7: {length} tokens, \d+ of them of images and videos, are more than the {length - 1} allowed"
     ):
         Encoder(qwen3, max_length_tokens=length - 1).encode(talk)
     with pytest.raises(DataError, match="more than the 5 allowed"):

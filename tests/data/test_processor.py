@@ -238,12 +238,11 @@ def test_other_models_are_refused(folder: Path) -> None:
 
 
 def test_a_name_that_is_not_cached_is_refused_without_a_network() -> None:
-    with pytest.raises(ModelError, match=r"Qwen/no-such-model: config\.json cannot be read: .*there is no folder Qwen/no-such-model here"):
+    with pytest.raises(ModelError, match=r"Qwen/no-such-model is neither a folder here nor in the cache of the hub .*HF_HUB_OFFLINE"):
         load_processor("Qwen/no-such-model")
 
 
 def test_names_and_folders(folder: Path) -> None:
-    assert checkpoint_folder("Qwen/Qwen3-VL-8B-Instruct") == "Qwen/Qwen3-VL-8B-Instruct"
     assert checkpoint_folder(folder) == str(folder)
     assert checkpoint_folder(folder, "modelscope") == str(folder)  # a folder is a folder, whatever the hub
     for missing in ("./gone", "../gone", "~/gone", "a/b/c"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from finesight.planner.calibration import GIB
 from finesight.planner.catalogue import CATALOGUE
 from finesight.planner.fit import LEAST_SAVING, POLICIES, Situation, choose_policy, fit, levers, remedies, with_settings
 from finesight.planner.gpus import find_gpu
+from finesight.planner.shapes import TextShape, VisionShape
 from finesight.planner.sizes import RunSizes, filled_run
 from finesight.planner.speed import pack_seconds
 from finesight.planner.text import refusal
@@ -143,6 +145,18 @@ class TestLevers:
         for change in found:
             parts = [other for other in found if other.names < change.names]
             assert all(change.plan.peak_bytes < part.plan.peak_bytes for part in parts)
+
+    def test_what_figures_would_not_show_is_left_out(self) -> None:
+        """Of a tiny model recomputing saves 2% of the peak, and both figures read 0.11 GiB."""
+        tiny = replace(
+            EIGHT,
+            text=TextShape(64, 2, 128, 4, 2, 16, 512, tied=True),
+            vision=VisionShape(2, 64, 128, 4, 16, 64),
+        )
+        here = replace(situation(8), model=tiny)
+        plan, recomputed = (here.plan(recipe("training.token_budget=2048"), policy) for policy in ("none", "full"))
+        assert recomputed.peak_bytes < plan.peak_bytes * (1 - LEAST_SAVING)
+        assert levers(here, plan) == []
 
 
 class TestSpeed:

@@ -143,5 +143,5 @@ def test_chat_reads_lines(folders, tmp_path, monkeypatch, capsys):
         main(["chat", "--adapter", str(folders["charts"]), "--max-completion-length", "4"])
     out = capsys.readouterr().out
     assert not ended.value.code
-    assert "what about them?" in out and "There is no file" in out and "There is no command /none. " in out
+    assert "1 file; what about it?" in out and "There is no file" in out and "There is no command /none. " in out
     assert len(re.findall(r"tokens in \((\d+) of images\), \d+ out", out)) == 2 and "(1 of images)" in out and "(0 of images)" in out

@@ -294,7 +294,7 @@ class TestOfARecipe:
             check_rewards(load_rewards([RewardSettings(name="iou")], base_dir=tmp_path), [row(3, "[1, 2, 3, 4]"), row(4)])
         for name, message in (
             ("wrong_xyz.py:g", "without a name"), ("wrong_xyz.py", "one public function, it has f, g"), ("wrong_xyz:h", r"has no function 'h'.*h\(completions"),
-            ("anlz", "Did you mean 'anls'"), ("absent.py", "does not exist"),
+            ("anlz", "Did you mean 'anls'"), ("absent.py", "no file absent.py, neither beside the recipe nor in /"),
         ):  # fmt: skip
             with pytest.raises(EvaluationError, match=message):
                 load_rewards([RewardSettings(name=name)], base_dir=tmp_path)

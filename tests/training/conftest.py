@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tiny import tiny_checkpoint
 from tiny_runs import write_rows
+from training.pair import Pair
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes that train together; those of one session are the same."""
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,24 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finesight.recipe import Recipe
 from finesight.recipe_files import dump_recipe
 from finesight.training.run import train
 from finesight.training.telemetry import read_metrics
 from tiny_runs import tiny_recipe
-
-_SCRIPT = """
-import sys
-sys.path[:0] = {path!r}
-import torch
-torch.set_num_threads(1)
-from finesight.recipe_files import load_recipe
-from finesight.training.run import train
-for recipe in {recipes!r}:
-    train(load_recipe(recipe))
-torch.distributed.destroy_process_group()
-"""
-
+from training.pair import launch
 
 _NO_ROOM = """
 import sys
@@ -44,7 +28,7 @@ from finesight.recipe_files import load_recipe
 from finesight.training.prepare import prepare
 from finesight.training.processes import start_accelerator
 from finesight.training.session import Session
-recipe = load_recipe({recipes!r}[0])
+recipe = load_recipe(sys.argv[1])
 session = Session(prepare(recipe), start_accelerator(recipe, Path(recipe.training.output_dir)))
 def no_room(gradient):
     raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -54,38 +38,8 @@ session.run()
 """
 
 
-def launch(recipes: list[Recipe], folder: Path, processes: int = 2, script: str = _SCRIPT) -> list[subprocess.Popen[str]]:
-    """Starts the processes that train these recipes one after another."""
-    files = []
-    for number, recipe in enumerate(recipes):
-        files.append(str(folder / f"recipe-{number}.yaml"))
-        Path(files[-1]).write_text(dump_recipe(recipe))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = script.format(path=[p for p in sys.path if p], recipes=files)
-    shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", script], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-
-
-def finish(started: list[subprocess.Popen[str]]) -> None:
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=90)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in started:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
-def cases(checkpoint, rows, tmp_path_factory):
+def cases(checkpoint, rows, pair, tmp_path_factory):
     """Runs by two processes and by one: an adapter over a quantised base, tower included (rows of text leave it out); bfloat16 masters; one that is stopped."""
     folder = tmp_path_factory.mktemp("distributed")
     steps = {"num_train_epochs": 1.4, "adam_epsilon": 1.0, "learning_rate": 0.2, "save_strategy": "no", "token_budget": 200}
@@ -112,14 +66,14 @@ def cases(checkpoint, rows, tmp_path_factory):
 
     policies = [policy("offload"), policy("selective", mlp_chunk_tokens=37)]
     endless = tiny_recipe(checkpoint, rows, folder / "endless", training={"num_train_epochs": 1000, "save_strategy": "no"})
-    started = launch([lora("two"), masters("two"), *policies, endless], folder)
+    pair.begin([lora("two"), masters("two"), *policies, endless])
     metrics = folder / "endless" / "metrics.jsonl"
     for _ in range(900):
-        if any(process.poll() is not None for process in started) or (metrics.exists() and metrics.stat().st_size > 0):
+        if any(process.poll() is not None for process in pair.processes) or (metrics.exists() and metrics.stat().st_size > 0):
             break
         time.sleep(0.1)
-    started[1].send_signal(signal.SIGTERM)
-    finish(started)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    pair.finish()
     return {
         "lora": (train(lora("one")), folder / "lora-two"),
         "masters": (train(masters("one")), folder / "masters-two"),
@@ -163,14 +117,16 @@ def test_masters_of_two_processes_follow_one(cases):
 
 
 def test_a_signal_to_one_process_stops_both(cases):
-    """The processes of the fixture ended by themselves after SIGTERM to the second one; a checkpoint of both was left."""
+    """Both processes of the fixture left the run by themselves after SIGTERM to the second one; a checkpoint of both was left."""
     last = read_metrics(cases["endless"] / "metrics.jsonl")[-1]["step"]
     assert last < 3000 and (cases["endless"] / f"checkpoint-{last}" / "random-1.json").is_file()
 
 
 def test_out_of_memory_in_one_process_ends_both_and_says_what_to_set(checkpoint, rows, tmp_path):
     """The other waits for gradients in vain: the step is not begun again, and neither may hang."""
-    started = launch([tiny_recipe(checkpoint, rows, tmp_path / "run")], tmp_path, script=_NO_ROOM)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(tiny_recipe(checkpoint, rows, tmp_path / "run")), encoding="utf-8")
+    started = launch(_NO_ROOM.format(path=[path for path in sys.path if path]), str(recipe))
     try:
         errors = [process.communicate(timeout=90)[1] for process in started]
     finally:

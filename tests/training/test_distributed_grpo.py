@@ -10,7 +10,6 @@ from finesight.training.rollout_shares import Processes
 from finesight.training.run import train
 from finesight.training.telemetry import read_metrics
 from tiny_runs import tiny_recipe
-from training.test_distributed import finish, launch
 
 REWARDS = '''
 import os
@@ -32,7 +31,7 @@ _OF_PROCESSES = ("seconds", "_per_s", "_s", "share", "memory_gib", "asked", "pad
 
 
 @pytest.fixture(scope="module")
-def cases(checkpoint, rows, tmp_path_factory):
+def cases(checkpoint, rows, pair, tmp_path_factory):
     """Each kind of rollout, by two processes and by one."""
     folder = tmp_path_factory.mktemp("distributed_grpo")
     (folder / "own.py").write_text(REWARDS, encoding="utf-8")
@@ -56,7 +55,7 @@ def cases(checkpoint, rows, tmp_path_factory):
             },
         )  # fmt: skip
 
-    finish(launch([recipe(kind, "two") for kind in kinds], folder))
+    pair.train([recipe(kind, "two") for kind in kinds])
     return {kind: (train(recipe(kind, "one")), folder / f"{kind}-two") for kind in kinds}
 
 

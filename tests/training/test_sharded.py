@@ -9,7 +9,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from test_distributed import finish, launch
 
 from finesight.errors import RecipeError
 from finesight.recipe import Recipe
@@ -24,7 +23,7 @@ ADAPTER, MODEL = "adapter/adapter_model.safetensors", "model/model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def cases(checkpoint, rows, tmp_path_factory):
+def cases(checkpoint, rows, pair, tmp_path_factory):
     """The folders of runs in parts by two processes, and of the same ones whole in a single process, by name."""
     folder = tmp_path_factory.mktemp("sharded")
     # A large epsilon keeps Adam's update a smooth function of the gradient, so that weights are equal where gradients are.
@@ -46,15 +45,16 @@ def cases(checkpoint, rows, tmp_path_factory):
     tower = {"finetune_vision_layers": True, "finetune_merger": True}  # rows of text leave it out
     full, low = {"method": "full"}, {"dtype": "bfloat16"}
     train(recipe("adapter, whole", tower))
-    launched = [
-        recipe("adapter", tower, sharding="full", gradient_checkpointing="none"),
-        recipe("adapter, resumed in parts", tower, sharding="full", resume=str(folder / "adapter, whole" / "checkpoint-1")),
-        recipe("full", full, sharding="full", gradient_checkpointing="full"),
-        recipe("adapter over bfloat16", tower, low, sharding="full"),
-        recipe("masters", full, low, sharding="full"),
-        recipe("masters, resumed", full, low, sharding="full", resume=str(folder / "masters" / "checkpoint-1")),
-    ]
-    finish(launch(launched, folder))
+    pair.train(
+        [
+            recipe("adapter", tower, sharding="full", gradient_checkpointing="none"),
+            recipe("adapter, resumed in parts", tower, sharding="full", resume=str(folder / "adapter, whole" / "checkpoint-1")),
+            recipe("full", full, sharding="full", gradient_checkpointing="full"),
+            recipe("adapter over bfloat16", tower, low, sharding="full"),
+            recipe("masters", full, low, sharding="full"),
+            recipe("masters, resumed", full, low, sharding="full", resume=str(folder / "masters" / "checkpoint-1")),
+        ]
+    )
     train(recipe("full, whole", full, gradient_checkpointing="none"))
     train(recipe("full, resumed whole", full, resume=str(folder / "full" / "checkpoint-1")))
     return folder

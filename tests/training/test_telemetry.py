@@ -17,13 +17,13 @@ from finesight.training.telemetry import (
     MetricsFile,
     StepFigures,
     Telemetry,
-    counted,
     duration,
     padding_saved,
     progress,
     read_metrics,
 )
 from finesight.training.trackers import check_trackers, flat_settings, tracker_arguments
+from finesight.wording import counted
 
 
 def figures(step, loss=1.0, **values):

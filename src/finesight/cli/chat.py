@@ -28,6 +28,7 @@ from finesight.sampling.engine import DecodingEngine, answering
 from finesight.sampling.requests import EngineSize, Request, Token, blocks_for
 from finesight.sampling.text import TextStream
 from finesight.sampling.types import Completion, SamplingSettings
+from finesight.wording import counted
 
 HELP = "Name images and videos anywhere in a line, or drop them here. /clear begins anew, /quit ends (Ctrl-D too); Ctrl-C stops an answer."
 _SOURCE = RowSource("chat", 0)
@@ -226,7 +227,7 @@ def _answer(session: ChatSession, pending: list[Part], line: str, console: Conso
     try:
         parts = [*pending, *parts_of(line)]
         if all(part.type != "text" for part in parts):
-            _tell(console, f"{len(parts)} images or videos; what about them?", style="dim")
+            _tell(console, f"{counted(len(parts), 'file')}; what about {'it' if len(parts) == 1 else 'them'}?", style="dim")
             return parts
         reply = session.ask(parts, lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True))
     except FinesightError as error:

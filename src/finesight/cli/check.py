@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finesight.data.audit import AuditSettings, DatasetAudit, audit
+from finesight.data.audit import DatasetAudit, audit
+from finesight.data.audit_settings import AuditSettings
 from finesight.data.conversation import Conversation, MediaRef
 from finesight.data.encode import recipe_encoder
 from finesight.data.formats import ReadResult, read_source

@@ -25,6 +25,7 @@ from finesight.export.merge import Merged
 from finesight.export.verify import drawn_prompts
 from finesight.recipe import Recipe
 from finesight.recipe_files import RECIPE_FILE, load_recipe
+from finesight.wording import counted
 
 Target = Literal["adapter", "merged", "merged-4bit", "gguf", "hub"]
 MERGED = "merged"  # the folder, in that of a GGUF export, which the converter reads
@@ -73,7 +74,7 @@ def export_to(
     kind: Kind = handover.content if target == "hub" else "merged" if target == "gguf" else target
     _check_target(target, output, handover)
     asked = [] if drawn else rows_of_run(run, weights, prompts, console)
-    _say(console, f"Verified on {len(asked)} rows of the run's data." if asked else "Verified on drawn images.")
+    _say(console, f"Verified on {counted(len(asked), 'row')} of the run's data." if asked else "Verified on drawn images.")
     base = model_settings(model, weights, unquantized=True)  # export brings it to what the adapter knew by itself
     folder = output / MERGED if target == "gguf" else output
     output.parent.mkdir(parents=True, exist_ok=True)

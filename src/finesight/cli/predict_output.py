@@ -25,6 +25,7 @@ from finesight.data_settings import DataSettings
 from finesight.errors import BadRow, DataError
 from finesight.recipe import ModelSettings
 from finesight.sampling.types import SamplingSettings
+from finesight.wording import counted
 
 # Settings of the data section that answers depend on.
 _DATA = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "fps", "max_frames", "image_first")
@@ -140,7 +141,7 @@ def opened(
             yield write, earlier
         except BaseException:
             if written + earlier.answers:
-                _say(console, f"The {written + earlier.answers:,} answers so far are in {partial}; the same command goes on from there.")
+                _say(console, f"{counted(written + earlier.answers, 'answer')} so far: {partial}; the same command goes on from there.")
             elif partial.stat().st_size == 0:
                 partial.unlink()
                 state.unlink(missing_ok=True)

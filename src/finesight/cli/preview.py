@@ -9,7 +9,8 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.text import Text
 
-from finesight.data.audit import AuditSettings, audit
+from finesight.data.audit import audit
+from finesight.data.audit_settings import AuditSettings
 from finesight.data.sample import Sample, VisualItem
 from finesight.geometry import PatchLayout
 from finesight.models.tuning_notes import thinking_warning, tuning_notes

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from finesight.errors import CheckpointError
+from finesight.wording import counted
 
 runs = typer.Typer(name="runs", help="List, compare, report, resume and delete runs.", no_args_is_help=True)
 
@@ -130,7 +131,7 @@ def delete(
 
     run = read_run(folder)
     weights = "" if run.weights is None else f", {run.weights.name}"
-    about = f"{run.path}: {run.status}, {len(run.checkpoints)} checkpoint{'' if len(run.checkpoints) == 1 else 's'}{weights}, {run.num_bytes / 2**30:.2f} GiB"
+    about = f"{run.path}: {run.status}, {counted(len(run.checkpoints), 'checkpoint')}{weights}, {run.num_bytes / 2**30:.2f} GiB"
     if not yes and not typer.confirm(f"{about}. Delete all of it?", default=False):
         raise typer.Exit(1)
     delete_run(run)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finesight.data.audit_settings import AuditSettings
 from finesight.data.conversation import Conversation, MediaRef, RowSource
+from finesight.data.group_cost import GroupCostFigures, group_cost
 from finesight.data.media import describe, image_size, media_key, video_info
 from finesight.data.sample import Sample
 from finesight.data.steps import compose_steps, leading_media, plan_packs
 from finesight.errors import BadRow
-from finesight.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,39 +30,6 @@ READABLE_SCALE = 0.5  # below this share of its side, small print in an image is
 VERY_SHORT_CHARACTERS = 1
 _MOST_STEPS_PLANNED = 1000  # enough for a share to within a percent; planning takes some ms a step
 _COMMON_ANSWERS = 5
-
-
-@dataclass(frozen=True)
-class AuditSettings:
-    """What of a recipe the figures depend on."""
-
-    train_batch_size: int = 8
-    token_budget: int = 8192
-    max_length_tokens: int | None = None  # none: token_budget
-    share: bool = True
-    shuffle: bool = True
-    seed: int = 0
-    on_bad_row: str = "stop"
-    supervised: bool = True  # reinforcement trains on completions that are not there yet
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> AuditSettings:
-        data, training = recipe.data, recipe.training
-        seed = training.seed if training.data_seed is None else training.data_seed
-        return cls(
-            training.train_batch_size,
-            training.token_budget,
-            data.max_length_tokens,
-            recipe.shares_prefixes,
-            training.shuffle,
-            seed,
-            data.on_bad_row,
-            recipe.grpo is None,
-        )
-
-    @property
-    def longest(self) -> int:
-        return self.max_length_tokens or self.token_budget
 
 
 @dataclass(frozen=True)
@@ -207,7 +175,10 @@ class Shrunk:
 
 @dataclass(frozen=True)
 class DatasetAudit:
-    """All figures. `tokens`, `cost` and `shrunk` need encoded samples and are None or empty without them; `cost` is of supervised training."""
+    """All figures. `tokens`, `cost`, `group_cost` and `shrunk` need encoded samples and are None or empty without them.
+
+    `cost` is of supervised training, `group_cost` of reinforcement.
+    """
 
     rows: RowFigures
     images: MediaFigures
@@ -219,6 +190,7 @@ class DatasetAudit:
     leaks: tuple[Leak, ...]
     tokens: TokenFigures | None = None
     cost: CostFigures | None = None
+    group_cost: GroupCostFigures | None = None
     shrunk: tuple[Shrunk, ...] = ()
     settings: AuditSettings = field(default_factory=AuditSettings)
 
@@ -277,6 +249,7 @@ def audit(
         leaks=_leaks(conversations, held_out, keys),
         tokens=None if samples is None else _token_figures(samples, settings),
         cost=_cost_figures(samples, settings) if samples and settings.supervised else None,
+        group_cost=group_cost(samples, settings, settings.groups) if samples and settings.groups is not None else None,
         shrunk=_shrunk(samples or ()),
         settings=settings,
     )

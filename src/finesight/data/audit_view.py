@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.markup import escape
 from rich.table import Table
 
+from finesight.wording import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from finesight.data.audit import CostFigures, DatasetAudit, Distribution, DuplicateGroup, MediaFigures, TokenFigures
+    from finesight.data.audit_settings import GroupRun
     from finesight.data.conversation import RowSource
+    from finesight.data.group_cost import GroupCostFigures
 
 T = TypeVar("T")
 
@@ -34,6 +38,8 @@ def show(audit: DatasetAudit, console: Console) -> None:
         _show_tokens(audit.tokens, console, supervised=audit.settings.supervised)
     if audit.cost is not None:
         _show_cost(audit.cost, console)
+    if audit.group_cost is not None and audit.settings.groups is not None:
+        _show_group_cost(audit.group_cost, audit.settings.groups, console)
     _show_problems(audit, console)
 
 
@@ -47,7 +53,7 @@ def _show_content(audit: DatasetAudit, console: Console) -> None:
         (rows.zero_weight, "of weight 0 (not trained on)"),
     ):
         if count:
-            console.print(f"  {_number(count, 'row')} {what}")
+            console.print(f"  {counted(count, 'row')} {what}")
     if audit.images.count or audit.videos.count:
         table = _table("", "all", "distinct", "width", "height", "rows of one", "rows that share one", "frames")
         for name, media in (("images", audit.images), ("videos", audit.videos)):
@@ -92,7 +98,7 @@ def _show_tokens(tokens: TokenFigures, console: Console, *, supervised: bool) ->
 
 def _show_cost(cost: CostFigures, console: Console) -> None:
     measured = "" if cost.steps == cost.steps_per_epoch else f", from {cost.steps:,} of them"
-    console.print(f"[bold]One epoch[/bold]: {_number(cost.steps_per_epoch, 'step')}{measured}")
+    console.print(f"[bold]One epoch[/bold]: {counted(cost.steps_per_epoch, 'step')}{measured}")
     table = _table("tokens computed", "tokens", "")
     table.add_row("padded batches", f"{cost.padded_tokens:,}", f"{cost.padding:.0%} of it padding")
     table.add_row("packed", f"{cost.tokens:,}", "no padding")
@@ -102,6 +108,39 @@ def _show_cost(cost: CostFigures, console: Console) -> None:
         f"{cost.saved_by_sharing:.0%} saved by sharing; {cost.times_fewer:.1f}× fewer than padded",
     )
     console.print(table)
+
+
+def _show_group_cost(cost: GroupCostFigures, run: GroupRun, console: Console) -> None:
+    sizes = run.sizes
+    sampled = "" if cost.rollouts == cost.steps else f", {counted(cost.rollouts, 'rollout')}"
+    console.print(f"[bold]The run[/bold]: {counted(cost.steps, 'step')} ({cost.steps_per_epoch:,} an epoch){sampled}")
+    table = _table("", "a step", "the run")
+    table.add_row("prompts", f"{cost.prompts_per_step:,}", f"{cost.prompts:,}")
+    table.add_row(f"completions ({sizes.num_generations} of a prompt)", f"{cost.completions_per_step:,}", f"{cost.completions:,}")
+    if cost.updated_completions != cost.completions:
+        table.add_row("completions trained on, over all passes", f"{cost.completions_per_step:,}", f"{cost.updated_completions:,}")
+    means = [("images and videos of prompts", cost.images_per_step), ("tokens of prompts", cost.prompt_tokens_per_step)]
+    if cost.images_per_step:
+        means.append(("  of which visual", cost.visual_tokens_per_step))
+    for name, of_step in means:
+        table.add_row(name, f"{of_step:,.0f}", f"{of_step / cost.prompts_per_step * cost.prompts:,.0f}")
+    table.add_row(
+        f"tokens of completions, at most ({sizes.completion_tokens:,} each)",
+        f"{cost.most_completion_tokens_per_step:,}",
+        f"{cost.most_completion_tokens:,}",
+    )
+    for name, tokens in (
+        ("tokens of updates, at most (a prompt once for its group)", cost.most_update_tokens_per_step),
+        ("  if each completion had a prompt of its own", cost.most_unshared_tokens_per_step),
+    ):
+        table.add_row(name, f"{tokens:,.0f}", f"{tokens / cost.completions_per_step * cost.updated_completions:,.0f}")
+    console.print(table)
+    for count, what in (
+        (cost.most_resampled_completions, "in place of groups that all earn the same (grpo.max_resampling_rounds)"),
+        (cost.most_ablated_completions, "with the images blanked (grpo.image_ablation_steps)"),
+    ):
+        if count:
+            console.print(f"  and at most {counted(count, 'completion')} more {what}")
 
 
 def _show_problems(audit: DatasetAudit, console: Console) -> None:
@@ -154,11 +193,7 @@ def _obstacles(audit: DatasetAudit) -> str:
 
 
 def _count(entries: Sequence[object], what: str) -> str:
-    return _number(len(entries), what)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}" + ("" if count == 1 else "s")
+    return counted(len(entries), what)
 
 
 def _repeated(group: DuplicateGroup) -> str:

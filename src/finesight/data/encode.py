@@ -27,6 +27,7 @@ from finesight.data.visual import Measured, measure
 from finesight.errors import BadRow, DataError, TemplateError
 from finesight.geometry import Grid
 from finesight.recipe import Recipe
+from finesight.wording import counted
 
 TooLong = Literal["refuse", "shrink_pixels", "drop_turns"]
 
@@ -192,7 +193,7 @@ class Encoder:
             changes.append("set data.too_long: shrink_pixels or drop_turns")
         return _refusal(
             sample.source,
-            f"{len(sample)} tokens{' ' + although if although else ''}, {visual} of them of {len(sample.visual_items)} images and videos, "
+            f"{counted(len(sample), 'token')}{' ' + although if although else ''}, {visual:,} of them of images and videos, "
             f"are more than the {self._max_length} allowed; {', or '.join(changes)}",
         )
 
@@ -384,7 +385,7 @@ def _tokenize(processor: Processor, texts: Sequence[_Text]) -> list[tuple[np.nda
 
 
 def _counted(kinds: Sequence[str]) -> str:
-    return f"{kinds.count('image')} images and {kinds.count('video')} videos"
+    return f"{counted(kinds.count('image'), 'image')} and {counted(kinds.count('video'), 'video')}"
 
 
 def _refusal(source: RowSource, reason: str, error_class: type[DataError] = DataError) -> DataError:

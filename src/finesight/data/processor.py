@@ -23,6 +23,7 @@ from finesight.data_settings import DataSettings
 from finesight.errors import DataError, ModelError, RecipeError
 from finesight.families import Family, family_of
 from finesight.geometry import PatchLayout, PixelLimits
+from finesight.hub import checkpoint_on_hub
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -131,11 +132,13 @@ def load_processor(
 def checkpoint_folder(name_or_path: str | Path, hub: Hub = "huggingface", revision: str | None = None, *, weights: bool = True) -> str:
     """What transformers is given to load a checkpoint from: a folder, or a name that it looks up on Hugging Face.
 
+    Where Hugging Face cannot be reached, it is the folder in its cache.
+
     Args:
         weights: whether weights will be read; without them ModelScope is asked for the small files only.
 
     Raises:
-        ModelError: the folder does not exist or holds no model, or ModelScope cannot deliver.
+        ModelError: the folder does not exist or holds no model, or the hub cannot be reached or cannot deliver.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
@@ -147,7 +150,7 @@ def checkpoint_folder(name_or_path: str | Path, hub: Hub = "huggingface", revisi
     if path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ModelError(f"{name} does not exist. Set model.name_or_path to a checkpoint folder or to a name on the hub.")
     if hub == "huggingface":
-        return name
+        return checkpoint_on_hub(name, revision)
     try:
         from modelscope import snapshot_download
     except ImportError:

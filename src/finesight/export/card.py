@@ -15,6 +15,7 @@ from finesight.export.export import Export
 from finesight.models.adapter_metadata import AdapterMetadata
 from finesight.recipe import Recipe
 from finesight.recipe_files import RECIPE_FILE, RUN_FILE, dump_recipe, load_recipe
+from finesight.wording import counted
 
 SUMMARY = Path("eval") / "after" / "summary.json"
 README = "README.md"
@@ -136,7 +137,7 @@ def _measured(facts: RunFacts) -> list[str]:
             lines.append(f"- {label}: {state[name]:.4f}")
     for task in facts.evaluation.get("tasks", []):
         interval = f"95% interval {task['low']:.3f} to {task['high']:.3f}"
-        lines.append(f"- {task['task']} ({task['grader']}): {task['accuracy']:.3f} over {task['num_samples']:,} rows, {interval}")
+        lines.append(f"- {task['task']} ({task['grader']}): {task['accuracy']:.3f} over {counted(task['num_samples'], 'row')}, {interval}")
     return lines or ["Nothing was measured."]
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from finesight.errors import ModelError
 from finesight.families import QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE
+from finesight.hub import cached_checkpoint
 from finesight.planner.shapes import ModelShape, TextShape, VisionShape, read_shape
 
 _VOCABULARY = 151936
@@ -65,7 +66,7 @@ def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
     """
     if Path(name_or_path).is_dir():
         return read_shape(name_or_path)
-    if (fetched := _fetched(name_or_path, revision)) is not None:
+    if (fetched := cached_checkpoint(name_or_path, revision)) is not None:
         return replace(read_shape(fetched), name=name_or_path)
     last = name_or_path.rstrip("/").rsplit("/", 1)[-1].casefold()
     # Longest first: "Qwen3-VL-2B" must not be taken for "Qwen3-VL-235B".
@@ -79,15 +80,3 @@ def find_shape(name_or_path: str, revision: str | None = None) -> ModelShape:
         f"{name_or_path!r} is neither a folder nor a published model whose dimensions are known: {', '.join(CATALOGUE)}. "
         "Download it and name its folder in model.name_or_path."
     )
-
-
-def _fetched(name: str, revision: str | None) -> Path | None:
-    """The folder of a configuration that lies in the cache of the hub; None: it was never fetched."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:  # not a name that a hub could have
-        return None
-    return Path(found).parent if isinstance(found, str) else None

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finesight.planner.activations import Execution
+from finesight.planner.calibration import GIB
 from finesight.planner.gpus import Gpu
 from finesight.planner.moments import MemoryPlan, Policy
 from finesight.planner.plan import plan_memory, policy_of
@@ -40,8 +41,8 @@ FURTHER_COST: dict[str, float] = {
 }
 GPU_COUNTS = (2, 4, 8)  # of one machine
 FEWEST_PIXELS = 128 * 28 * 28
-# Of the peak; a change that saves less is not worth a line.
-LEAST_SAVING = 0.01
+# Of the peak, and what figures in GiB still show: a change that saves less is not worth a line.
+LEAST_SAVING, LEAST_SAVING_BYTES = 0.01, 0.01 * GIB
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
     if situation.pixels:
         singles.append({"data.max_pixels": (recipe.data.max_pixels or situation.pixels) // 2})
     changes = [_change(situation, recipe, settings, plan.policy) for settings in singles]
-    least = LEAST_SAVING * plan.peak_bytes
+    least = max(LEAST_SAVING * plan.peak_bytes, LEAST_SAVING_BYTES)
     worth: list[Change] = []
     for change in sorted(changes, key=lambda change: len(change.settings)):
         parts = [known.plan.peak_bytes for known in worth if set(known.settings) < set(change.settings)]

@@ -25,7 +25,7 @@ def load_function(name: str, *, kind: str, signature: str, base_dir: Path) -> Ca
     Args:
         kind: what it is wanted as, for messages: Grader, Reward.
         signature: how to define it, for messages.
-        base_dir: folder that modules and files are looked up in first.
+        base_dir: folder that modules are looked up in first, and files are named from.
 
     Raises:
         EvaluationError: there is no such module, file or function, or it cannot be imported.
@@ -49,6 +49,9 @@ def load_function(name: str, *, kind: str, signature: str, base_dir: Path) -> Ca
 def _import_module(module: str, wanted: str, base_dir: Path) -> ModuleType:
     try:
         if module.endswith(".py"):
+            if not (base_dir / module).is_file():
+                looked = "" if Path(module).is_absolute() else f", neither beside the recipe nor in {base_dir.absolute()}"
+                raise EvaluationError(f"{wanted}: there is no file {module}{looked}.")
             return _import_file(base_dir / module, wanted)
         sys.path.insert(0, str(base_dir))
         try:
@@ -64,8 +67,8 @@ def _import_module(module: str, wanted: str, base_dir: Path) -> ModuleType:
 def _import_file(path: Path, wanted: str) -> ModuleType:
     name = f"finesight_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise EvaluationError(f"{wanted}: file {path} does not exist.")
+    if spec is None or spec.loader is None:
+        raise EvaluationError(f"{wanted}: {path} is not read as Python.")
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[name] = loaded  # dataclasses and pickle look their module up there
     spec.loader.exec_module(loaded)

@@ -18,7 +18,8 @@ from finesight.evaluation.reinforcement import PICTURED_GROUPS
 from finesight.tasks.reward_types import RewardFailure
 from finesight.training.rollouts import Position, Rollout
 from finesight.training.run_report import COMPLETIONS
-from finesight.training.telemetry import Telemetry, counted
+from finesight.training.telemetry import Telemetry
+from finesight.wording import counted
 
 _SHOWN_FAILURES = 5  # reasons
 _SHOWN_ROWS = 5  # of each

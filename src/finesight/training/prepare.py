@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
+from finesight.data.audit_settings import group_run
 from finesight.data.conversation import Conversation, MediaRef
 from finesight.data.encode import Encoder, recipe_encoder
 from finesight.data.formats import ReadResult, accept, read_source
-from finesight.data.groups import GroupSchedule, GroupSizes
+from finesight.data.groups import GroupSchedule
 from finesight.data.processor import Processor, load_processor
 from finesight.data.sample import Sample
 from finesight.data.split import held_out_source, hold_out, is_share
@@ -31,7 +32,8 @@ from finesight.tasks.frames import frames_of
 from finesight.tasks.graders import check_graders
 from finesight.tasks.reward_types import Reward
 from finesight.tasks.rewards import check_rewards, load_rewards
-from finesight.training.telemetry import counted, padding_saved, progress, sharing_ratio
+from finesight.training.telemetry import padding_saved, progress, sharing_ratio
+from finesight.wording import counted
 
 if TYPE_CHECKING:
     from finesight.data.feed import Feed
@@ -115,11 +117,10 @@ class Prepared:
         Raises:
             RecipeError: the recipe has no section grpo.
         """
-        grpo, rollout = self.recipe.grpo, self.recipe.rollout
-        if grpo is None or rollout is None:
+        run = group_run(self.recipe)
+        if run is None:
             raise RecipeError("Steps of groups are for reinforcement: add a section grpo to the recipe.")
-        sizes = GroupSizes(grpo.num_generations, rollout.max_completion_length, grpo.steps_per_generation, grpo.num_iterations)
-        return GroupSchedule(self.samples, sizes=sizes, processes=processes, **self._order())
+        return GroupSchedule(self.samples, sizes=run.sizes, processes=processes, **self._order())
 
     def _order(self) -> dict[str, Any]:
         t = self.recipe.training

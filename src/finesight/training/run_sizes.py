@@ -9,6 +9,7 @@ from finesight.data.pack import PackPlan
 from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes
 from finesight.recipe import Recipe
 from finesight.training.prepare import Prepared, prepare
+from finesight.wording import counted
 
 # Steps of the first epoch that are looked at.
 SURVEYED_STEPS = 200
@@ -98,7 +99,7 @@ class DataSizes:
         for step in steps:
             hands = [[step.plans[number] for number in hand if number is not None] for hand in step.deal]
             packs.append(tuple(pack_sizes(plan) for plan in max(hands, key=lambda hand: sum(plan.num_tokens for plan in hand))))
-        source = f"{len(steps):,} of {schedule.steps_per_epoch:,} steps of the data"
+        source = f"{len(steps):,} of {counted(schedule.steps_per_epoch, 'step')} of the data"
         return RunSizes(tuple(packs), source=source, rollout=rollout_sizes(planned))
 
     def _rows(self, recipe: Recipe) -> Prepared:

@@ -52,10 +52,11 @@ from finesight.training.run_report import write_run_report
 from finesight.training.saving import RunSaver
 from finesight.training.sft import SupervisedFineTuning
 from finesight.training.state import TrainerState, data_fingerprint
-from finesight.training.telemetry import Telemetry, counted, duration
+from finesight.training.telemetry import Telemetry, duration
 from finesight.training.trackers import flat_settings, tracker_arguments
 from finesight.training.validation import HeldOutValidation
 from finesight.training.weights import gather_weights, save_weights, weights_folder
+from finesight.wording import counted
 
 
 @dataclass(eq=False)

@@ -365,12 +365,6 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def counted(number: float, what: str) -> str:
-    """A number of things: 1 step, 2 steps, 2.5 epochs."""
-    text = f"{number:,}" if isinstance(number, int) else f"{number:,.4g}"
-    return f"{text} {what}{'' if text == '1' else 's'}"
-
-
 def _short(value: float | int | None) -> str:
     if value is None:
         return "–"

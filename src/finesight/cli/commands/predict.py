@@ -10,6 +10,7 @@ from rich.console import Console
 
 from finesight.cli.flags import errors_in_flags
 from finesight.cli.options import AdapterOption, Drawing, ModelOption, PixelLimits, Precision, SystemOption
+from finesight.wording import counted
 
 
 def predict(
@@ -56,4 +57,4 @@ def predict(
             console=Console(stderr=True),
         )
     if output is not None:
-        Console().print(f"{count:,} answers: {output}", highlight=False, markup=False, soft_wrap=True)
+        Console().print(f"{counted(count, 'answer')}: {output}", highlight=False, markup=False, soft_wrap=True)
