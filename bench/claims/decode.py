@@ -32,7 +32,8 @@ CLAIM = Claim(
     note="64 rows in 8 groups, prompts of 1,024 image and 100 text tokens, completions of 256. The bound: weights of the language model and of the "
     "vocabulary, and the live keys and values of all rows (blocks of a common prompt once), over the rate of a copy on the same "
     "machine. `sampler`: a whole rollout after the prompts, host work included; `step`: the same step replayed as a CUDA graph at half of the "
-    "completion; further rows: parts of the step, each alone. The better of compiled layers and plain ones counts.",
+    "completion; further rows: parts of the step, each alone. The better of compiled layers and plain ones counts. Launches overlap: in a "
+    "profile a kernel's time includes what it waits for the one ahead of it.",
 )
 
 if __name__ == "__main__":

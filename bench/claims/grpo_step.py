@@ -37,7 +37,7 @@ def faster(what: str, reach: float, rows: Rows, theirs: Sequence[str]) -> Findin
     beside = {label: [row for row in own if row["machine"]["boot"] == other["machine"]["boot"]] for label, own in rows.items()}
     row = fastest(beside, OURS)
     if row is None:
-        return Finding(what, reach, None, reason="no row of ours on the same machine")
+        return Finding(what, reach, None, reason="no row of ours" if fastest(rows, OURS) is None else "the machine differs")
     apart = [name for name in _PINNED if row[name] != other[name]]
     if apart:
         return Finding(what, reach, None, reason=f"{', '.join(apart)} differs")

@@ -354,10 +354,11 @@ class _Moments:
         return again + max(through_mlp + self.dequantised, attention)
 
     def _logprobs(self, pack: PackSizes) -> int:
-        """Working memory of the targets' log-probabilities in the backward pass, as `models/logprobs.py` computes them.
+        """Working memory of the targets' log-probabilities, as `models/logprobs.py` computes them without kernels.
 
         Logits, their difference to the logsumexp and its exponential, in float32; from the second chunk on, beside them
-        the gradient of the chunk before.
+        the gradient of the chunk before. With kernels it is less, one chunk in the precision of the product: not counted, since
+        what was measured to compare with (bench/results/memory.json) is from before there were any.
         """
         t, w = self.model.text, self.execution.width
         rows = min(pack.targets, measured.CHUNK_TARGETS)
