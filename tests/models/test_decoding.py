@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 
@@ -10,11 +11,15 @@ from finesight.models.decoding import (
     BUNDLE_ROWS,
     MOST_PARTS,
     PART_TOKENS,
+    Decoder,
+    KeyValuePool,
+    begin_step,
     decode_attention,
     divide_attention,
     rotate_and_store,
 )
-from tiny import tiny_config
+from finesight.models.packed import PackedModel, last_states, next_projections
+from tiny import tiny_config, tiny_model
 
 # Rows by the first block of their prompt; 0: idle.
 FIRST_BLOCKS = [7, 3, 7, 0, 9, 7, 0, 3]
@@ -86,3 +91,14 @@ def test_what_is_stored_is_attended_to():
     # A row with a single token gives its value, whatever it asks.
     mixed = decode_attention(found, keys, values, table, torch.tensor([1, 1]), None, 0.5)
     torch.testing.assert_close(mixed, value.repeat_interleave(heads // groups, dim=1))
+
+
+@pytest.mark.parametrize(("family", "overlapped"), [("qwen3_vl", [next_projections, last_states]), ("qwen3_vl_moe", [])])
+def test_kernels_overlap_only_where_each_of_them_reads_something(family: str, overlapped: list[object]):
+    """A step's beginning, and experts, fill tensors with constants: such a kernel waits for none ahead of it."""
+    packed = PackedModel(tiny_model(family))
+    pool = KeyValuePool(packed.base.config.text_config, 2, torch.float32, torch.device("cpu"))
+    Decoder(packed, pool, compile_layers=True)
+    functions = packed.compiled_for_decoding([], [], print)  # those that the decoder named
+    assert [each.function for each in functions if each.overlapped] == overlapped
+    assert begin_step in [each.function for each in functions]

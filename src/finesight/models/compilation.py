@@ -32,8 +32,10 @@ class CompiledFunction:
         keep_products_only: let the compiler keep results of costly operations alone for the backward pass and compute the
             rest again: the activation policy selective, which checkpointing inside compiled code would compile anew for
             each layer.
-        overlapped: let kernels begin before those ahead of them have ended, on GPUs and with compilers that can: for functions between
-            whose calls every kernel waits for the one ahead of it before it lets the next one begin.
+        overlapped: let kernels begin before those ahead of them have ended, on GPUs and with compilers that can. For functions each of whose
+            kernels reads something: compiled ones wait at a load, so that one that fills a tensor with a constant waits for nothing, and
+            what comes after it may read what the kernel ahead of it has yet to write. Between their calls, too, every kernel must wait
+            for the one ahead of it before it lets the next one begin.
         what: names in that report what runs uncompiled.
     """
 
@@ -46,7 +48,7 @@ class CompiledFunction:
         overlapped: bool = False,
         what: str = "Layers",
     ) -> None:
-        self.function, self.say, self.what = function, say, what
+        self.function, self.say, self.overlapped, self.what = function, say, overlapped, what
         self._graph_options = _KEEP_PRODUCTS_ONLY if keep_products_only else {}
         self._kernel_options = {"triton.enable_pdl": True} if overlapped and hasattr(inductor_config.triton, "enable_pdl") else {}
         # Dynamic: the number of tokens differs from pack to pack, and a graph for each would cost seconds every time.

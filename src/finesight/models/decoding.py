@@ -10,7 +10,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -193,6 +193,15 @@ def begin_step(
 _AROUND: tuple[Callable[..., Any], ...] = (begin_step, next_projections, last_states)
 
 
+def _overlapped(packed: PackedModel) -> Sequence[Callable[..., Any]]:
+    """Of what lies around attention, that whose compiled kernels may overlap, since each of them reads what one ahead of it wrote.
+
+    A step's division into parts, and the routing of tokens to experts, fill tensors with constants first.
+    """
+    layers = packed.base.model.language_model.layers
+    return () if any(hasattr(layer.mlp, "experts") for layer in layers) else (next_projections, last_states)
+
+
 class Decoder:
     """Prompts into a pool, and steps from it.
 
@@ -207,7 +216,10 @@ class Decoder:
         self, packed: PackedModel, pool: KeyValuePool, *, compile_layers: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.packed, self.pool = packed, pool
-        self._begin, self._between, self._end = packed.compiled_for_decoding(_AROUND, say) if compile_layers else _AROUND
+        around: Sequence[Callable[..., Any]] = _AROUND
+        if compile_layers:
+            around = packed.compiled_for_decoding(_AROUND, _overlapped(packed), say)
+        self._begin, self._between, self._end = around
 
     @property
     def can_be_captured(self) -> bool:

@@ -104,17 +104,18 @@ class PackedModel(nn.Module):
         run = partial(_run_halves, prepared(run_layer), mix, mlp)
         return run, partial(_run_halves, run_layer, run_attention, last_mlp), prepared(run_block)
 
-    def compiled_for_decoding(self, functions: Sequence[_Many], say: Callable[[str], None]) -> Sequence[_Many]:
+    def compiled_for_decoding(self, functions: Sequence[_Many], overlapped: Sequence[_Many], say: Callable[[str], None]) -> Sequence[_Many]:
         """Functions of a decoding step, compiled; the same at each call, so that every decoder of a run finds what the first one
         compiled, or that it could not be.
 
         Args:
             functions: the same at each call.
+            overlapped: those of them whose kernels may overlap, see :class:`CompiledFunction`.
             say: is told, once, if one cannot be compiled.
         """
         if self._decoding is None:
             say = _once(say)
-            self._decoding = [CompiledFunction(function, say, overlapped=True) for function in functions]
+            self._decoding = [CompiledFunction(function, say, overlapped=function in overlapped) for function in functions]
         return self._decoding
 
     def add_unit(self, unit: ShardedUnit) -> None:
