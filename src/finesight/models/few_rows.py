@@ -52,6 +52,8 @@ def tiles_for(sizes: Sequence[int], inputs: int) -> Tiles:
 def stages_that_fit(tiles: Tiles, row_block: int, down_block: int, down_bytes: int, shared_bytes: int) -> int:
     """Of tiles.stages as many as shared memory holds, at least one: a smaller GPU has room for fewer loads in flight.
 
+    Weights and rows are taken to be of two bytes a number, as :func:`finesight.models.linear.project` hands them in.
+
     Args:
         row_block: rows of x in a tile.
         down_block: rows of an A matrix in a tile, of so many bytes a number; 0 without adapters.

@@ -9,6 +9,8 @@ repeats bit by bit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ def sums_over_uses(grad: torch.Tensor, uses: torch.Tensor, cu_uses: torch.Tensor
         (T, …).
     """
     out = torch.empty(rows, *grad.shape[1:], dtype=grad.dtype, device=grad.device)
-    width = grad[0].numel() if len(grad) else 0
+    width = math.prod(grad.shape[1:])
     if out.numel():
         block = min(triton.next_power_of_2(width), 1024)
         _sum_kernel[rows, triton.cdiv(width, block)](grad, uses, cu_uses, out, width, BLOCK=block, num_warps=4)
