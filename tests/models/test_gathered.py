@@ -35,7 +35,8 @@ def test_values_and_gradients_as_of_a_plain_gather(dtype: torch.dtype) -> None:
 
 def test_many_small_gradients_are_not_lost() -> None:
     """In bfloat16 a sum of ones ends at 256."""
-    layout = AttentionLayout.of_lengths([1] * 1000, [1] * 1000, torch.zeros(1000, dtype=torch.int64))
-    x = torch.randn(1000, 1, dtype=torch.bfloat16, requires_grad=True)
-    gather_rows(x, *inverse(layout)).sum().backward()
+    operands = inverse(AttentionLayout.of_lengths([1] * 1000, [1] * 1000, torch.zeros(1000, dtype=torch.int64)))
+    assert operands[2].tolist() == [0, *[1000] * 1000]  # tokens that nobody gathers have their place too
+    x = torch.randn(1000, dtype=torch.bfloat16, requires_grad=True)  # of more dimensions the CPU sums in float32 anyway
+    gather_rows(x, *operands).sum().backward()
     assert x.grad is not None and x.grad[0] == 1000 and not x.grad[1:].any()

@@ -87,6 +87,14 @@ def test_gradient_of_a_frozen_matrix_is_that_of_one_that_trains(temperature: flo
     assert torch.allclose(*grads, atol=1e-14)
 
 
+def test_several_backward_passes_under_a_frozen_matrix() -> None:
+    """What is kept for them is left as it is."""
+    hidden, weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(11, 5, dtype=torch.float64)
+    found = target_logprobs(hidden, weight, torch.randint(0, 11, (6,)), 4)
+    once, twice = (torch.autograd.grad((factor * found).sum(), hidden, retain_graph=True)[0] for factor in (1, 2))
+    assert torch.equal(2 * once, twice)
+
+
 def test_a_frozen_matrix_is_not_kept_for_the_backward_pass() -> None:
     hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5)
     kept: list[torch.Tensor] = []

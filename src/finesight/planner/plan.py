@@ -205,7 +205,7 @@ class _Moments:
             + pack.tokens * (8 + 3 * 8)
             + 28 * pack.targets
             + 16 * pack.visual_tokens(self.model)
-            + 8 * pack.gathered_keys
+            + (12 * pack.gathered_keys + 4 * pack.tokens if pack.gathered_keys else 0)  # their index and its inverse
         )
 
     def _features(self, pack: PackSizes) -> int:
