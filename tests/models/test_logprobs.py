@@ -95,6 +95,21 @@ def test_several_backward_passes_under_a_frozen_matrix() -> None:
     assert torch.equal(2 * once, twice)
 
 
+def test_unlikely_tokens_count_in_float16() -> None:
+    """Fifty thousand tokens, each below the smallest number of float16 likely, matter together."""
+    weight = torch.zeros(50_000, 2, dtype=torch.float16)
+    weight[0, 0], weight[:, 1] = 14.5, 1.0
+    weight[0, 1] = -1.0
+    hidden = torch.tensor([[1.2, 0.0]], dtype=torch.float16, requires_grad=True)
+    scores = hidden.detach().double() @ weight.double().T
+    chances = torch.softmax(scores, -1)
+    assert 0 < chances[0, 1:].max() < 2**-25 and chances[0, 1:].sum() > 1e-3
+    exact = weight[0].double() - chances @ weight.double()
+    scaled = 2.0**16 * target_logprobs(hidden, weight, torch.tensor([0])).sum()  # a loss scale, as in training in float16
+    (found,) = torch.autograd.grad(scaled, hidden)
+    assert (found.double() / 2**16 - exact).norm() < 2e-2 * exact.norm()
+
+
 def test_a_frozen_matrix_is_not_kept_for_the_backward_pass() -> None:
     hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5)
     kept: list[torch.Tensor] = []

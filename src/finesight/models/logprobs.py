@@ -16,6 +16,8 @@ from finesight.models.quantized_vocabulary import vocabulary_blocks
 
 # Rows of logits held at once: 1,024 rows of a vocabulary of 151,936 in float32 take 0.6 GiB.
 CHUNK_TARGETS = 1024
+# By how much gradients are larger than they are while they lie in float16, which has no numbers below 6e-8: probabilities go below that.
+_FLOAT16_SCALE = 1024.0
 
 
 def target_logprobs(
@@ -103,6 +105,10 @@ def _times_weight(grad_logits: torch.Tensor, weight: torch.Tensor, scale: torch.
     return total
 
 
+def _scale(dtype: torch.dtype) -> float:
+    return _FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
 def _has_kernels(logits: torch.Tensor) -> bool:
     return logits.is_cuda and logits.dtype != torch.float64 and has_triton(logits.device.index)
 
@@ -168,7 +174,7 @@ class _TargetLogProbs(torch.autograd.Function):
         entropies = torch.empty_like(logprobs if head.entropies else logprobs[:0])
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         directions = torch.empty_like(hidden) if needs_hidden and not needs_weight else None
-        inverse = torch.full_like(logprobs, 1 / head.temperature)
+        inverse = torch.full_like(logprobs, _scale(hidden.dtype) / head.temperature)
         for start in range(0, hidden.shape[0], head.chunk):
             rows = slice(start, start + head.chunk)
             logits = head.logits(hidden[rows], weight)
@@ -191,7 +197,8 @@ class _TargetLogProbs(torch.autograd.Function):
         head: _Head = ctx.head
         directions, *others = ctx.saved_tensors
         if directions is not None:
-            return (directions * grads[0][:, None]).to(directions.dtype), None, None, None
+            factors = grads[0] / _scale(directions.dtype)
+            return (directions * factors[:, None]).to(directions.dtype), None, None, None
         hidden, weight, token, logsumexp = others
         grad = grads[0] / head.temperature
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
