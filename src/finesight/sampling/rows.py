@@ -63,6 +63,7 @@ class Rows:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tokens, self.positions, self.lengths, self.steps = (zeros(rows) for _ in range(4))
+        self.in_use = zeros(rows)  # 1, or 0 for an idle row, whose length must not grow: a step would read so many tokens
         self.table = zeros(rows, blocks)
         self.prompt_blocks = zeros(rows)  # at the front of a row's table, in common with other answers to its prompt
         self.uniform = zeros(rows, steps, dtype=torch.float64)
@@ -77,7 +78,7 @@ class Rows:
 
     def clear(self, row: int) -> None:
         """An idle row: it goes on in the idle block, read by nobody."""
-        self.lengths[row] = 0
+        self.lengths[row] = self.in_use[row] = 0
         self.table[row] = 0
         self.prompt_blocks[row] = 0
 
@@ -103,7 +104,7 @@ class Rows:
             self.seen[row] = False
             self.seen[row, torch.from_numpy(np.unique(prompt)).to(self.device, non_blocking=True)] = True
         self.prompt_blocks[row] = len(prompt) // BLOCK_TOKENS
-        self.steps[row], self.lengths[row], self.positions[row] = 1, len(prompt), next_position
+        self.steps[row], self.lengths[row], self.positions[row], self.in_use[row] = 1, len(prompt), next_position, 1
 
     def allow(self, row: int, bits: np.ndarray | None) -> None:
         """What a row may draw next.
@@ -134,7 +135,7 @@ class Rows:
         self._draw(slice(count), logits, uniform, seen, kind)
         # A row that nobody reads any more stays within its blocks.
         room = (self.table.shape[1] * BLOCK_TOKENS) - 1
-        self.lengths[:count] = (self.lengths[:count] + 1).clamp(max=room)
+        self.lengths[:count] = (self.lengths[:count] + self.in_use[:count]).clamp(max=room)
         self.positions[:count] += 1
         self.steps[:count] += 1
 
