@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from finesight.planner.fit import Change, Situation, as_stored, choose_policy, f
 from finesight.planner.gpus import Gpu, find_gpu, parse_memory
 from finesight.planner.moments import MemoryPlan
 from finesight.planner.shapes import ModelShape
-from finesight.planner.sizes import RunSizes, filled_run
+from finesight.planner.sizes import ANSWER_TOKENS, PROMPT_TEXT_TOKENS, RunSizes, filled_run, visual_tokens_of
 from finesight.planner.speed import REFERENCE
 from finesight.planner.weights import precision_on
 from finesight.recipe import Recipe
@@ -154,13 +155,21 @@ def _from_pixels(
 ) -> tuple[Callable[[Recipe], RunSizes], int, int | None]:
     size = pixels or recipe.data.max_pixels or DEFAULT_PIXELS
 
+    @cache
+    def of(budget: int, image: int) -> RunSizes:
+        if recipe.grpo is None:
+            return filled_run(model, budget, image, -(-recipe.training.train_batch_size // gpus))
+        from finesight.training.run_sizes import filled_groups
+
+        return filled_groups(model, recipe, budget, image, gpus)
+
     def sizes(changed: Recipe) -> RunSizes:
         image = size if changed.data.max_pixels is None else min(size, changed.data.max_pixels)
         budget = changed.training.token_budget
-        given = tokens if tokens is not None and budget == recipe.training.token_budget else budget
-        return filled_run(model, given, image, -(-changed.training.train_batch_size // gpus))
+        return of(tokens if tokens is not None and budget == recipe.training.token_budget else budget, image)
 
-    longest = max(pack.tokens // pack.samples for pack in filled_run(model, 1, size, 1).packs)
+    longest = visual_tokens_of(model, size) + PROMPT_TEXT_TOKENS
+    longest += ANSWER_TOKENS if recipe.rollout is None else recipe.rollout.max_completion_length
     return sizes, longest, size
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from finesight.errors import RecipeError
 from finesight.planner.shapes import ModelShape
 
+# Of a sample where there is no data to look at.
+PROMPT_TEXT_TOKENS, ANSWER_TOKENS = 48, 16
+
 
 @dataclass(frozen=True)
 class PackSizes:
@@ -73,7 +76,19 @@ class RunSizes:
         return max(len(step) for step in self.steps)
 
 
-def filled_pack(model: ModelShape, tokens: int, pixels: int, *, text_tokens: int = 64, answer_tokens: int = 16) -> PackSizes:
+def visual_tokens_of(model: ModelShape, pixels: int) -> int:
+    """Of an image of so many pixels, whose sides are whole visual tokens already; at least one."""
+    return max(1, pixels // (model.vision.patch_size * model.vision.merge_size) ** 2)
+
+
+def filled_pack(
+    model: ModelShape,
+    tokens: int,
+    pixels: int,
+    *,
+    text_tokens: int = PROMPT_TEXT_TOKENS + ANSWER_TOKENS,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> PackSizes:
     """A pack of so many tokens, filled with images of `pixels` pixels and short texts: where there is no data to look at.
 
     Args:
@@ -82,7 +97,7 @@ def filled_pack(model: ModelShape, tokens: int, pixels: int, *, text_tokens: int
         answer_tokens: supervised ones among them.
     """
     merge = model.vision.merge_size
-    visual = max(1, pixels // (model.vision.patch_size * merge) ** 2)
+    visual = visual_tokens_of(model, pixels)
     length = visual + text_tokens
     samples = max(1, tokens // length)
     return PackSizes(
