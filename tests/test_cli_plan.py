@@ -115,6 +115,18 @@ class TestPlan:
         _, out, _ = run(capsys, "plan", recipe, "--tokens", "4096", "--pixels", 448 * 448, "--gpu", "80GiB")
         assert "packs of 4,096 tokens, filled with images of about 448 × 448 pixels" in out
 
+    def test_packs_too_small_for_an_image(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        asked = ("plan", recipe, "--pixels", 200704, "--tokens")
+        least = "Note: 64 tokens a pack are less than one image with its text; packs of 260 are planned"
+        assert least in run(capsys, *asked, 64)[1] and "Note:" not in run(capsys, *asked, 260)[1]
+        groups = run(capsys, *asked, 64, "grpo.num_generations=8", "rewards=exact_match")[1]
+        assert "Note: 64 tokens a pack are less than one prompt with a completion; packs of 500 are planned" in groups
+
+    def test_another_card_than_was_asked_for(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "of RTX 4090, taken for '4090 Ti', which is not known" in run(capsys, "plan", recipe, "--gpu-name", "4090 Ti")[1]
+        assert "which is not known" not in run(capsys, "plan", recipe, "--gpu-name", "4090")[1]
+        assert json.loads(run(capsys, "plan", recipe, "--gpu-name", "4090 Ti", "--json")[1])["gpu"].startswith("RTX 4090, taken for")
+
     def test_several_gpus(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         full = ("tuning.method=full", "--gpu", "80GiB")
         status, out, _ = run(capsys, "plan", recipe, *full, "--gpus", "4")

@@ -13,7 +13,7 @@ from finesight.errors import ModelError, RecipeError
 from finesight.planner.activations import Execution
 from finesight.planner.catalogue import find_shape
 from finesight.planner.fit import Change, Situation, as_stored, choose_policy, fit, gpus_that_fit, levers, with_settings
-from finesight.planner.gpus import Gpu, find_gpu, parse_memory
+from finesight.planner.gpus import Gpu, find_gpu, is_name_of, parse_memory
 from finesight.planner.moments import MemoryPlan
 from finesight.planner.shapes import ModelShape
 from finesight.planner.sizes import ANSWER_TOKENS, PROMPT_TEXT_TOKENS, RunSizes, filled_run, visual_tokens_of
@@ -33,7 +33,7 @@ class Target:
 
     gpu: Gpu = REFERENCE
     available_bytes: int | None = None
-    label: str = ""  # the card, for people
+    label: str = ""  # the card, for people; says so where another name was asked for
 
     @staticmethod
     def of(memory: str | None, name: str | None) -> Target:
@@ -42,12 +42,13 @@ class Target:
         Raises:
             RecipeError: the amount or the name cannot be read.
         """
-        gpu = find_gpu(name) if name is not None else None
+        if name is None:
+            return Target() if memory is None else Target(available_bytes=parse_memory(memory))
+        gpu = find_gpu(name)
+        label = gpu.name if is_name_of(gpu, name) else f"{gpu.name}, taken for {name!r}, which is not known"
         if memory is None:
-            return Target() if gpu is None else Target(gpu, gpu.available_bytes, gpu.name)
-        if gpu is None:
-            return Target(available_bytes=parse_memory(memory))
-        return Target(gpu, parse_memory(memory), f"{gpu.name} (--gpu; the card itself has {gpu.memory_gib:g} GiB)")
+            return Target(gpu, gpu.available_bytes, label)
+        return Target(gpu, parse_memory(memory), f"{label} (--gpu; the card itself has {gpu.memory_gib:g} GiB)")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from finesight.errors import RecipeError
 from finesight.planner.shapes import ModelShape
+from finesight.wording import counted
 
 # Of a sample where there is no data to look at.
 PROMPT_TEXT_TOKENS, ANSWER_TOKENS = 48, 16
@@ -60,11 +61,13 @@ class RunSizes:
         steps: the packs of each optimizer step, of one process.
         source: what they were taken from, for people.
         rollout: answers that are sampled between updates.
+        note: what in them is not as it was asked for.
     """
 
     steps: tuple[tuple[PackSizes, ...], ...]
     source: str = ""
     rollout: RolloutSizes | None = None
+    note: str = ""
 
     @property
     def packs(self) -> tuple[PackSizes, ...]:
@@ -116,8 +119,22 @@ def filled_run(model: ModelShape, token_budget: int, pixels: int, samples_per_st
     count = -(-samples_per_step // pack.samples)
     side = round(pixels**0.5)
     return RunSizes(
-        ((pack,) * count,), source=f"no data: packs of {pack.tokens:,} tokens, filled with images of about {side} × {side} pixels"
+        ((pack,) * count,),
+        source=f"no data: packs of {pack.tokens:,} tokens, filled with images of about {side} × {side} pixels",
+        note=note_of_larger_packs(token_budget, pack.tokens, "one image with its text"),
     )
+
+
+def note_of_larger_packs(token_budget: int, tokens: int, least: str) -> str:
+    """Of packs that could not be kept to their budget; empty where they were.
+
+    Args:
+        tokens: of the largest pack.
+        least: what every pack must hold.
+    """
+    if tokens <= token_budget:
+        return ""
+    return f"{counted(token_budget, 'token')} a pack are less than {least}; packs of {tokens:,} are planned"
 
 
 def largest(packs: Sequence[PackSizes]) -> PackSizes:

@@ -88,6 +88,7 @@ def heading(plan: MemoryPlan) -> list[str]:
         f"Activations: {plan.policy}, layers {compiled}. Packs: {plan.sizes.source or 'of the data'}; the largest has "
         f"{max(pack.tokens for pack in plan.sizes.packs):,} tokens, {max(pack.total_patches for pack in plan.sizes.packs):,} patches, "
         f"{max(pack.targets for pack in plan.sizes.packs):,} targets",
+        *([f"Note: {plan.sizes.note}"] if plan.sizes.note else []),
         *_of_reinforcement(plan),
         *([_on_each(plan)] if plan.processes > 1 else []),
         f"Peak at: {plan.peak.name}",
@@ -168,6 +169,7 @@ def to_dict(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Cha
         "gpus": plan.processes,
         "sharding": plan.recipe.training.sharding,
         "packs_from": plan.sizes.source,
+        "note": plan.sizes.note,
         "rollout": None if plan.sizes.rollout is None else asdict(plan.sizes.rollout),
         "peak_moment": plan.peak.name,
         "peak_bytes": plan.peak_bytes,

@@ -17,7 +17,7 @@ from finesight.data.steps import StepPlan
 from finesight.errors import RecipeError
 from finesight.geometry import Grid
 from finesight.planner.shapes import ModelShape
-from finesight.planner.sizes import PROMPT_TEXT_TOKENS, PackSizes, RolloutSizes, RunSizes, visual_tokens_of
+from finesight.planner.sizes import PROMPT_TEXT_TOKENS, PackSizes, RolloutSizes, RunSizes, note_of_larger_packs, visual_tokens_of
 from finesight.recipe import Recipe
 from finesight.training.prepare import Prepared, prepare
 from finesight.wording import counted
@@ -115,7 +115,9 @@ def filled_groups(model: ModelShape, recipe: Recipe, token_budget: int, pixels: 
         f"no data: groups of {sizes.num_generations} completions of {sizes.completion_tokens:,} tokens, each group's prompt of an image of "
         f"about {side} × {side} pixels and {PROMPT_TEXT_TOKENS} tokens of text"
     )
-    return RunSizes(_heaviest_hands(schedule.survey(1)), source=source, rollout=_rollout_sizes(recipe, prompts))
+    steps = _heaviest_hands(schedule.survey(1))
+    note = note_of_larger_packs(token_budget, max(pack.tokens for step in steps for pack in step), "one prompt with a completion")
+    return RunSizes(steps, source=source, rollout=_rollout_sizes(recipe, prompts), note=note)
 
 
 def _made_up_prompt(model: ModelShape, number: int, visual: int) -> Sample:
