@@ -177,6 +177,16 @@ class TestReinforcementWithoutData:
         for setting in more:
             assert self.plan(recipe, "rollout.batch_size=8", "rollout.max_completion_length=1024", setting).needed_bytes > least
 
+    def test_fewer_at_once_where_sampling_is_the_peak(self, recipe: Path) -> None:
+        asked = load_recipe(recipe, [*self.HEAD, "rollout.max_completion_length=2048"])
+        large = plan_recipe(asked, Target.of("24GiB", None), pixels=200704, search=True)
+        assert large.plan.peak.name == "rollout: sampling" and not large.plan.fits(24 * 2**30)
+        assert any(change.settings == (("rollout.batch_size", 16),) for change in large.changes)
+        assert large.fitted is not None and "rollout.batch_size" in large.fitted.names and large.fitted.plan.fits(24 * 2**30)
+        assert not any(name.startswith(("model.", "data.")) for name in large.fitted.names)
+        roomy = plan_recipe(asked, Target.of("80GiB", None), pixels=200704, search=True).fitted
+        assert roomy is not None and "rollout.batch_size" not in roomy.names
+
     def test_says_what_is_planned_and_what_is_not(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         asked = ("plan", recipe, *self.HEAD, "--pixels", 200704, "--gpu", "48GiB")
         status, out, _ = run(capsys, *asked, "grpo.beta=0.1")

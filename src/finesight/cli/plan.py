@@ -16,7 +16,7 @@ from finesight.planner.fit import Change, Situation, as_stored, choose_policy, f
 from finesight.planner.gpus import Gpu, find_gpu, is_name_of, parse_memory
 from finesight.planner.moments import MemoryPlan
 from finesight.planner.shapes import ModelShape
-from finesight.planner.sizes import ANSWER_TOKENS, PROMPT_TEXT_TOKENS, RunSizes, filled_run, visual_tokens_of
+from finesight.planner.sizes import ANSWER_TOKENS, PROMPT_TEXT_TOKENS, RunSizes, filled_run, sampled_with, visual_tokens_of
 from finesight.planner.speed import REFERENCE
 from finesight.planner.weights import precision_on
 from finesight.recipe import Recipe
@@ -167,7 +167,8 @@ def _from_pixels(
     def sizes(changed: Recipe) -> RunSizes:
         image = size if changed.data.max_pixels is None else min(size, changed.data.max_pixels)
         budget = changed.training.token_budget
-        return of(tokens if tokens is not None and budget == recipe.training.token_budget else budget, image)
+        found = of(tokens if tokens is not None and budget == recipe.training.token_budget else budget, image)
+        return replace(found, rollout=sampled_with(found.rollout, changed))
 
     longest = visual_tokens_of(model, size) + PROMPT_TEXT_TOKENS
     longest += ANSWER_TOKENS if recipe.rollout is None else recipe.rollout.max_completion_length

@@ -7,6 +7,7 @@ that changes no result is taken before one that does unless it is that much slow
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +39,7 @@ FURTHER_COST: dict[str, float] = {
     "training.optim": 0.01,
     "tuning.bf16_updates": 0.03,
     "data.max_pixels": 0.5,  # for each halving
+    "rollout.batch_size": 0.02,  # for each halving: sampling takes longer
 }
 GPU_COUNTS = (2, 4, 8)  # of one machine
 FEWEST_PIXELS = 128 * 28 * 28
@@ -197,6 +199,7 @@ def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
     smaller = [budget for budget in BUDGETS if situation.longest_sample <= budget < recipe.training.token_budget]
     singles += [{"training.token_budget": smaller[-1]}] if smaller else []
     singles += [settings for settings in options if settings]
+    singles += [{"rollout.batch_size": batch} for batch in _smaller_rollouts(situation, recipe)[:1]]
     if situation.pixels:
         singles.append({"data.max_pixels": (recipe.data.max_pixels or situation.pixels) // 2})
     changes = [change for settings in singles if (change := _change(situation, recipe, settings, plan.policy))]
@@ -215,8 +218,10 @@ def _change(situation: Situation, recipe: Recipe, settings: Mapping[str, Any], p
     if changed is None:
         return None
     plan = choose_policy(situation, changed) if policy is None or policy_of(changed) is not None else situation.plan(changed, policy)
-    cost = situation.seconds_a_sample(plan) * (1 + sum(FURTHER_COST.get(name, 0) for name, value in settings.items() if value))
-    return Change(tuple(settings.items()), changed, plan, cost)
+    further = sum(FURTHER_COST.get(name, 0) for name, value in settings.items() if value and name != "rollout.batch_size")
+    if recipe.rollout is not None and changed.rollout is not None:
+        further += FURTHER_COST["rollout.batch_size"] * math.log2(recipe.rollout.batch_size / changed.rollout.batch_size)
+    return Change(tuple(settings.items()), changed, plan, situation.seconds_a_sample(plan) * (1 + further))
 
 
 def _changes(situation: Situation, recipe: Recipe, pixels: int | None) -> Iterator[Change]:
@@ -225,8 +230,9 @@ def _changes(situation: Situation, recipe: Recipe, pixels: int | None) -> Iterat
     budgets = sorted({b for b in tried if b >= situation.longest_sample} | {recipe.training.token_budget})
     named = policy_of(recipe)
     limit = {} if pixels is None else {"data.max_pixels": pixels}
-    for options, budget in itertools.product(_options(situation, recipe), budgets):
-        settings = {**options, **({} if budget == recipe.training.token_budget else {"training.token_budget": budget}), **limit}
+    rollouts: list[dict[str, Any]] = [{}, *({"rollout.batch_size": batch} for batch in _smaller_rollouts(situation, recipe))]
+    for options, budget, rollout in itertools.product(_options(situation, recipe), budgets, rollouts):
+        settings = {**options, **({} if budget == recipe.training.token_budget else {"training.token_budget": budget}), **rollout, **limit}
         policies: list[dict[str, Any]] = [{}]  # auto chooses anew
         if named is not None:
             policies += [{"training.gradient_checkpointing": policy} for policy in POLICIES if policy != named]
@@ -303,6 +309,17 @@ def _quantisations(situation: Situation, recipe: Recipe) -> list[dict[str, Any]]
         extra = [name for name in further if not (name == "quantize_tower" and (tower_trains or form == "fp8"))]
         if extra:
             found.append({**base, **{f"model.{name}": True for name in extra}})
+    return found
+
+
+def _smaller_rollouts(situation: Situation, recipe: Recipe) -> list[int]:
+    """Completions of half the prompts that are sampled at once, and so on down to one; none where the model in training samples none."""
+    sampled = situation.sizes_of(recipe).rollout
+    found: list[int] = []
+    groups = 1 if sampled is None else sampled.groups
+    while sampled is not None and groups > 1:
+        groups //= 2
+        found.append(groups * sampled.completions)
     return found
 
 

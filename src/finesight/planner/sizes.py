@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finesight.errors import RecipeError
 from finesight.planner.shapes import ModelShape
+from finesight.recipe import Recipe
 from finesight.wording import counted
 
 # Of a sample where there is no data to look at.
@@ -111,6 +112,13 @@ def filled_pack(
         key_pairs=samples * length * (length + 1) // 2,
         samples=samples,
     )
+
+
+def sampled_with(rollout: RolloutSizes | None, recipe: Recipe) -> RolloutSizes | None:
+    """The same completions, no more of them at once than `rollout.batch_size` of the recipe allows (whole groups)."""
+    if rollout is None or recipe.rollout is None:
+        return None
+    return replace(rollout, groups=min(rollout.groups, -(-recipe.rollout.batch_size // rollout.completions)))
 
 
 def filled_run(model: ModelShape, token_budget: int, pixels: int, samples_per_step: int) -> RunSizes:

@@ -17,7 +17,15 @@ from finesight.data.steps import StepPlan
 from finesight.errors import RecipeError
 from finesight.geometry import Grid
 from finesight.planner.shapes import ModelShape
-from finesight.planner.sizes import PROMPT_TEXT_TOKENS, PackSizes, RolloutSizes, RunSizes, note_of_larger_packs, visual_tokens_of
+from finesight.planner.sizes import (
+    PROMPT_TEXT_TOKENS,
+    PackSizes,
+    RolloutSizes,
+    RunSizes,
+    note_of_larger_packs,
+    sampled_with,
+    visual_tokens_of,
+)
 from finesight.recipe import Recipe
 from finesight.training.prepare import Prepared, prepare
 from finesight.wording import counted
@@ -160,7 +168,9 @@ class DataSizes:
         key = (recipe.training.token_budget, recipe.data.max_pixels)
         if key not in self._found:
             self._found[key] = self._survey(recipe)
-        return self._found[key]
+        found = self._found[key]
+        sampled = sampled_with(found.rollout, recipe)
+        return found if sampled == found.rollout else replace(found, rollout=sampled)
 
     def _survey(self, recipe: Recipe) -> RunSizes:
         prepared = self._rows(recipe)
