@@ -12,6 +12,7 @@ import pytest
 
 from finesight.cli import main
 from finesight.cli.plan import Target, plan_recipe
+from finesight.planner.moments import MemoryPlan
 from finesight.planner.text import heading
 from finesight.recipe_files import load_recipe
 from tiny import tiny_checkpoint
@@ -114,6 +115,18 @@ class TestPlan:
         _, out, _ = run(capsys, "plan", recipe, "--tokens", "4096", "--pixels", 448 * 448, "--gpu", "80GiB")
         assert "packs of 4,096 tokens, filled with images of about 448 × 448 pixels" in out
 
+    def test_packs_too_small_for_an_image(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        asked = ("plan", recipe, "--pixels", 200704, "--tokens")
+        least = "Note: 64 tokens a pack are less than one image with its text; packs of 260 are planned"
+        assert least in run(capsys, *asked, 64)[1] and "Note:" not in run(capsys, *asked, 260)[1]
+        groups = run(capsys, *asked, 64, "grpo.num_generations=8", "rewards=exact_match")[1]
+        assert "Note: 64 tokens a pack are less than one prompt with a completion; packs of 500 are planned" in groups
+
+    def test_another_card_than_was_asked_for(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "of RTX 4090, taken for '4090 Ti', which is not known" in run(capsys, "plan", recipe, "--gpu-name", "4090 Ti")[1]
+        assert "which is not known" not in run(capsys, "plan", recipe, "--gpu-name", "4090")[1]
+        assert json.loads(run(capsys, "plan", recipe, "--gpu-name", "4090 Ti", "--json")[1])["gpu"].startswith("RTX 4090, taken for")
+
     def test_several_gpus(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
         full = ("tuning.method=full", "--gpu", "80GiB")
         status, out, _ = run(capsys, "plan", recipe, *full, "--gpus", "4")
@@ -129,6 +142,63 @@ class TestPlan:
         status, _, err = run(capsys, "plan", recipe, "model.name_or_path=someone/llava")
         assert status == 2 and "neither a folder nor a published model" in err
         assert "--fit needs a GPU" in run(capsys, "plan", recipe, "--fit")[2]
+
+
+class TestReinforcementWithoutData:
+    """Prompts of 200,704 pixels are 196 visual tokens and 48 of text."""
+
+    PROMPT, HEAD = 196 + 48, ("grpo.num_generations=8", "rewards=exact_match", "training.train_batch_size=32")
+
+    def plan(self, recipe: Path, *overrides: str, gpus: int = 1) -> MemoryPlan:
+        return plan_recipe(load_recipe(recipe, [*self.HEAD, *overrides]), Target(), pixels=200704, gpus=gpus).plan
+
+    def test_packs_hold_groups_whose_prompt_is_there_once(self, recipe: Path) -> None:
+        plan = self.plan(recipe, "rollout.max_completion_length=300", "training.token_budget=5500")
+        group = self.PROMPT + 8 * 300
+        assert [(pack.tokens, pack.targets, pack.patches) for pack in plan.sizes.packs] == [(2 * group, 2 * 2400, (784, 784))] * 2
+        assert max(pack.tokens for pack in self.plan(recipe, "training.token_budget=2000").sizes.packs) <= 2000  # groups are divided
+        assert sum(pack.samples for pack in self.plan(recipe, gpus=2).sizes.packs) == 16
+        assert {pack.patches for pack in self.plan(recipe, "data.max_pixels=100352").sizes.packs} == {(392, 392)}
+
+    def test_sampling_grows_with_what_is_sampled(self, recipe: Path) -> None:
+        def cache(*overrides: str) -> int:
+            return next(m.parts["key-value cache"] for m in self.plan(recipe, *overrides).moments if m.name == "rollout: sampling")
+
+        token = 36 * 2 * 8 * 128 * 2  # layers, keys and values, heads, head size, bytes
+        assert cache() == 4 * (self.PROMPT + 8 * 256) * token
+        assert cache("rollout.max_completion_length=512") == 4 * (self.PROMPT + 8 * 512) * token
+        assert cache("rollout.batch_size=16") == 2 * (self.PROMPT + 8 * 256) * token
+        assert cache("grpo.num_generations=16") == 2 * (self.PROMPT + 16 * 256) * token
+        assert cache("training.train_batch_size=16") == 2 * (self.PROMPT + 8 * 256) * token
+
+    def test_what_is_needed_grows_with_each(self, recipe: Path) -> None:
+        least = self.plan(recipe, "rollout.batch_size=8", "rollout.max_completion_length=1024").needed_bytes
+        more = ("rollout.batch_size=32", "rollout.max_completion_length=4096", "grpo.num_generations=32")
+        for setting in more:
+            assert self.plan(recipe, "rollout.batch_size=8", "rollout.max_completion_length=1024", setting).needed_bytes > least
+
+    def test_fewer_at_once_where_sampling_is_the_peak(self, recipe: Path) -> None:
+        asked = load_recipe(recipe, [*self.HEAD, "rollout.max_completion_length=2048"])
+        large = plan_recipe(asked, Target.of("24GiB", None), pixels=200704, search=True)
+        assert large.plan.peak.name == "rollout: sampling" and not large.plan.fits(24 * 2**30)
+        assert any(change.settings == (("rollout.batch_size", 16),) for change in large.changes)
+        assert large.fitted is not None and "rollout.batch_size" in large.fitted.names and large.fitted.plan.fits(24 * 2**30)
+        assert not any(name.startswith(("model.", "data.")) for name in large.fitted.names)
+        roomy = plan_recipe(asked, Target.of("80GiB", None), pixels=200704, search=True).fitted
+        assert roomy is not None and "rollout.batch_size" not in roomy.names
+
+    def test_says_what_is_planned_and_what_is_not(self, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        asked = ("plan", recipe, *self.HEAD, "--pixels", 200704, "--gpu", "48GiB")
+        status, out, _ = run(capsys, *asked, "grpo.beta=0.1")
+        assert (
+            status == 0
+            and "for 4 prompts of at most 244 tokens 8 completions each, of at most 256" in out
+            and "Reference (grpo.beta)" in out
+        )
+        assert "Not counted" not in out
+        _, out, _ = run(capsys, *asked, "rollout={engine: vllm, url: 'http://127.0.0.1:8000'}")
+        assert "Not counted: the server of rollout.engine: vllm" in out and "Sampled at once" not in out
+        assert json.loads(run(capsys, *asked, "--json")[1])["rollout"]["completions"] == 8
 
 
 class TestJson:

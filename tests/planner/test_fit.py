@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finesight.errors import RecipeError
 from finesight.planner.activations import Execution
 from finesight.planner.calibration import GIB
 from finesight.planner.catalogue import CATALOGUE
@@ -157,6 +158,26 @@ class TestLevers:
         plan, recomputed = (here.plan(recipe("training.token_budget=2048"), policy) for policy in ("none", "full"))
         assert recomputed.peak_bytes < plan.peak_bytes * (1 - LEAST_SAVING)
         assert levers(here, plan) == []
+
+
+class TestSettingsThatContradict:
+    """Completions need room in a pack, and images a lower limit of pixels: what goes against it is no candidate."""
+
+    asked = recipe("grpo.num_generations=4", "rewards=exact_match", "rollout.max_completion_length=4096", "data.min_pixels=600000")
+
+    def test_are_no_levers(self) -> None:
+        here = situation(24)
+        with pytest.raises(RecipeError, match=r"with training.token_budget=4096: 1 setting.*\n.*leaves no room for a prompt"):
+            with_settings(self.asked, {"training.token_budget": 4096})
+        names = {name for change in levers(here, choose_policy(here, self.asked)) for name in change.names}
+        assert "model.load_in_4bit" in names and not {"training.token_budget", "data.max_pixels"} & names
+
+    @pytest.mark.parametrize("policy", ["auto", "full"])
+    def test_are_not_searched(self, policy: str) -> None:
+        asked = with_settings(self.asked, {"training.gradient_checkpointing": policy})
+        found = fit(situation(16), asked)
+        assert found is not None and found.plan.fits(16 * GIB) and found.recipe.training.token_budget > 4096
+        assert fit(situation(2), asked) is None
 
 
 class TestSpeed:

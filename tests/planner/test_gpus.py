@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finesight.errors import RecipeError
-from finesight.planner.gpus import GPUS, find_gpu, parse_memory
+from finesight.planner.gpus import GPUS, find_gpu, is_name_of, parse_memory
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,24 @@ def test_unknown_cards_are_refused_with_near_ones() -> None:
     for name in ("NVIDIA", "rtx"):
         with pytest.raises(RecipeError, match=f"No GPU '{name}' is known. .*(H200|RTX A6000).*--gpu 24GiB"):
             find_gpu(name)
+
+
+def test_unknown_cards_like_none_are_answered_with_all() -> None:
+    for name in ("MI300X", "Arc A770"):
+        with pytest.raises(RecipeError, match=f"No GPU '{name}' is known. Known are B200, .*, T4. Name"):
+            find_gpu(name)
+    with pytest.raises(RecipeError, match=r"Nearest: A10\."):
+        find_gpu("NVIDIA A10G")
+
+
+@pytest.mark.parametrize("name", ["4090", "NVIDIA GeForce RTX 4090", "h100", "NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-16GB", "5060 Ti"])
+def test_short_and_long_names_of_a_card(name: str) -> None:
+    assert is_name_of(find_gpu(name), name)
+
+
+@pytest.mark.parametrize("name", ["4090 Ti", "RTX 4080 SUPER", "RTX 4070 Ti", "RTX 4090 Laptop GPU", "5070"])
+def test_names_of_cards_that_are_not_known(name: str) -> None:
+    assert not is_name_of(find_gpu(name), name)
 
 
 def test_what_a_card_can_do() -> None:

@@ -16,6 +16,7 @@ from finesight.cli import main
 from finesight.data.blank import blanked
 from finesight.data.pixels import visual_patches
 from finesight.errors import EvaluationError, RecipeError
+from finesight.planner.fit import with_settings
 from finesight.recipe_files import dump_recipe, load_recipe, parse_recipe
 from finesight.training.completion_files import ablation_words
 from finesight.training.grpo import GRPO
@@ -385,6 +386,8 @@ def test_sampling_is_planned_for(recipe_of, tmp_path):
     sizes = DataSizes(prepared)(recipe)
     assert sizes.rollout is not None and (sizes.rollout.groups, sizes.rollout.completions, sizes.rollout.completion_tokens) == (2, 4, 12)
     assert max(pack.targets for pack in sizes.packs) >= 8 * 12  # completions at their full length
+    fewer = DataSizes(prepared)(with_settings(recipe, {"rollout.batch_size": 4})).rollout
+    assert fewer is not None and (fewer.groups, fewer.completions) == (1, 4)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -12,10 +13,10 @@ from finesight.errors import ModelError, RecipeError
 from finesight.planner.activations import Execution
 from finesight.planner.catalogue import find_shape
 from finesight.planner.fit import Change, Situation, as_stored, choose_policy, fit, gpus_that_fit, levers, with_settings
-from finesight.planner.gpus import Gpu, find_gpu, parse_memory
+from finesight.planner.gpus import Gpu, find_gpu, is_name_of, parse_memory
 from finesight.planner.moments import MemoryPlan
 from finesight.planner.shapes import ModelShape
-from finesight.planner.sizes import RunSizes, filled_run
+from finesight.planner.sizes import ANSWER_TOKENS, PROMPT_TEXT_TOKENS, RunSizes, filled_run, sampled_with, visual_tokens_of
 from finesight.planner.speed import REFERENCE
 from finesight.planner.weights import precision_on
 from finesight.recipe import Recipe
@@ -32,7 +33,7 @@ class Target:
 
     gpu: Gpu = REFERENCE
     available_bytes: int | None = None
-    label: str = ""  # the card, for people
+    label: str = ""  # the card, for people; says so where another name was asked for
 
     @staticmethod
     def of(memory: str | None, name: str | None) -> Target:
@@ -41,12 +42,13 @@ class Target:
         Raises:
             RecipeError: the amount or the name cannot be read.
         """
-        gpu = find_gpu(name) if name is not None else None
+        if name is None:
+            return Target() if memory is None else Target(available_bytes=parse_memory(memory))
+        gpu = find_gpu(name)
+        label = gpu.name if is_name_of(gpu, name) else f"{gpu.name}, taken for {name!r}, which is not known"
         if memory is None:
-            return Target() if gpu is None else Target(gpu, gpu.available_bytes, gpu.name)
-        if gpu is None:
-            return Target(available_bytes=parse_memory(memory))
-        return Target(gpu, parse_memory(memory), f"{gpu.name} (--gpu; the card itself has {gpu.memory_gib:g} GiB)")
+            return Target(gpu, gpu.available_bytes, label)
+        return Target(gpu, parse_memory(memory), f"{label} (--gpu; the card itself has {gpu.memory_gib:g} GiB)")
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,22 @@ def _from_pixels(
 ) -> tuple[Callable[[Recipe], RunSizes], int, int | None]:
     size = pixels or recipe.data.max_pixels or DEFAULT_PIXELS
 
+    @cache
+    def of(budget: int, image: int) -> RunSizes:
+        if recipe.grpo is None:
+            return filled_run(model, budget, image, -(-recipe.training.train_batch_size // gpus))
+        from finesight.training.run_sizes import filled_groups
+
+        return filled_groups(model, recipe, budget, image, gpus)
+
     def sizes(changed: Recipe) -> RunSizes:
         image = size if changed.data.max_pixels is None else min(size, changed.data.max_pixels)
         budget = changed.training.token_budget
-        given = tokens if tokens is not None and budget == recipe.training.token_budget else budget
-        return filled_run(model, given, image, -(-changed.training.train_batch_size // gpus))
+        found = of(tokens if tokens is not None and budget == recipe.training.token_budget else budget, image)
+        return replace(found, rollout=sampled_with(found.rollout, changed))
 
-    longest = max(pack.tokens // pack.samples for pack in filled_run(model, 1, size, 1).packs)
+    longest = visual_tokens_of(model, size) + PROMPT_TEXT_TOKENS
+    longest += ANSWER_TOKENS if recipe.rollout is None else recipe.rollout.max_completion_length
     return sizes, longest, size
 
 

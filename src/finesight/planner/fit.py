@@ -7,12 +7,12 @@ that changes no result is taken before one that does unless it is that much slow
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import ValidationError
-
+from finesight.errors import RecipeError
 from finesight.planner.activations import Execution
 from finesight.planner.calibration import GIB
 from finesight.planner.gpus import Gpu
@@ -23,6 +23,7 @@ from finesight.planner.sizes import RolloutSizes, RunSizes
 from finesight.planner.speed import run_seconds
 from finesight.planner.weights import Precision
 from finesight.recipe import Recipe
+from finesight.recipe_files import parse_recipe
 
 POLICIES: tuple[Policy, ...] = ("none", "selective", "full", "offload")
 BUDGETS = (1024, 2048, 4096, 8192, 12288, 16384)
@@ -38,6 +39,7 @@ FURTHER_COST: dict[str, float] = {
     "training.optim": 0.01,
     "tuning.bf16_updates": 0.03,
     "data.max_pixels": 0.5,  # for each halving
+    "rollout.batch_size": 0.02,  # for each halving: sampling takes longer
 }
 GPU_COUNTS = (2, 4, 8)  # of one machine
 FEWEST_PIXELS = 128 * 28 * 28
@@ -106,20 +108,25 @@ class Change:
         return frozenset(name for name, _ in self.settings)
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in self.settings) or "as it is"
+        return _text(self.settings) or "as it is"
+
+
+def _text(settings: Iterable[tuple[str, Any]]) -> str:
+    """Settings as a command is given them."""
+    return " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings)
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """The recipe with some settings changed, checked anew.
 
     Raises:
-        pydantic.ValidationError: they contradict others.
+        RecipeError: they contradict others.
     """
     content = recipe.model_dump(exclude_unset=True)
     for name, value in settings.items():
         section, key = name.split(".")
         content.setdefault(section, {})[key] = value
-    return Recipe.model_validate(content)
+    return parse_recipe(content, origin="with " + _text(settings.items()))
 
 
 def as_stored(model: ModelShape, recipe: Recipe) -> tuple[ModelShape, Recipe]:
@@ -192,9 +199,10 @@ def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
     smaller = [budget for budget in BUDGETS if situation.longest_sample <= budget < recipe.training.token_budget]
     singles += [{"training.token_budget": smaller[-1]}] if smaller else []
     singles += [settings for settings in options if settings]
+    singles += [{"rollout.batch_size": batch} for batch in _smaller_rollouts(situation, recipe)[:1]]
     if situation.pixels:
         singles.append({"data.max_pixels": (recipe.data.max_pixels or situation.pixels) // 2})
-    changes = [_change(situation, recipe, settings, plan.policy) for settings in singles]
+    changes = [change for settings in singles if (change := _change(situation, recipe, settings, plan.policy))]
     least = max(LEAST_SAVING * plan.peak_bytes, LEAST_SAVING_BYTES)
     worth: list[Change] = []
     for change in sorted(changes, key=lambda change: len(change.settings)):
@@ -204,27 +212,34 @@ def levers(situation: Situation, plan: MemoryPlan) -> list[Change]:
     return sorted(worth, key=lambda change: change.plan.peak_bytes)
 
 
-def _change(situation: Situation, recipe: Recipe, settings: Mapping[str, Any], policy: Policy | None = None) -> Change:
-    """A change with its plan, under `policy` where the recipe leaves it open."""
-    changed = with_settings(recipe, settings)
+def _change(situation: Situation, recipe: Recipe, settings: Mapping[str, Any], policy: Policy | None = None) -> Change | None:
+    """A change with its plan, under `policy` where the recipe leaves it open; None: its settings contradict the recipe's others."""
+    changed = _allowed(recipe, settings)
+    if changed is None:
+        return None
     plan = choose_policy(situation, changed) if policy is None or policy_of(changed) is not None else situation.plan(changed, policy)
-    cost = situation.seconds_a_sample(plan) * (1 + sum(FURTHER_COST.get(name, 0) for name, value in settings.items() if value))
-    return Change(tuple(settings.items()), changed, plan, cost)
+    further = sum(FURTHER_COST.get(name, 0) for name, value in settings.items() if value and name != "rollout.batch_size")
+    if recipe.rollout is not None and changed.rollout is not None:
+        further += FURTHER_COST["rollout.batch_size"] * math.log2(recipe.rollout.batch_size / changed.rollout.batch_size)
+    return Change(tuple(settings.items()), changed, plan, situation.seconds_a_sample(plan) * (1 + further))
 
 
 def _changes(situation: Situation, recipe: Recipe, pixels: int | None) -> Iterator[Change]:
     """All candidates at one pixel limit."""
-    others = () if situation.keeps_budget else BUDGETS
-    budgets = sorted({b for b in others if b >= situation.longest_sample} | {recipe.training.token_budget})
+    tried = () if situation.keeps_budget else BUDGETS
+    budgets = sorted({b for b in tried if b >= situation.longest_sample} | {recipe.training.token_budget})
     named = policy_of(recipe)
     limit = {} if pixels is None else {"data.max_pixels": pixels}
-    for options, budget in itertools.product(_options(situation, recipe), budgets):
-        settings = {**options, **({} if budget == recipe.training.token_budget else {"training.token_budget": budget}), **limit}
-        if named is None:  # auto chooses anew
-            yield _change(situation, recipe, settings)
-            continue
-        for policy in POLICIES:
-            yield _change(situation, recipe, {**settings, **({} if policy == named else {"training.gradient_checkpointing": policy})})
+    rollouts: list[dict[str, Any]] = [{}, *({"rollout.batch_size": batch} for batch in _smaller_rollouts(situation, recipe))]
+    for options, budget, rollout in itertools.product(_options(situation, recipe), budgets, rollouts):
+        settings = {**options, **({} if budget == recipe.training.token_budget else {"training.token_budget": budget}), **rollout, **limit}
+        policies: list[dict[str, Any]] = [{}]  # auto chooses anew
+        if named is not None:
+            policies += [{"training.gradient_checkpointing": policy} for policy in POLICIES if policy != named]
+        for chosen in policies:
+            change = _change(situation, recipe, {**settings, **chosen})
+            if change is not None:
+                yield change
 
 
 def _options(situation: Situation, recipe: Recipe) -> list[dict[str, Any]]:
@@ -249,11 +264,15 @@ def _options(situation: Situation, recipe: Recipe) -> list[dict[str, Any]]:
 def _sharded(recipe: Recipe) -> dict[str, Any] | None:
     """The setting under which GPUs share the model; None where something in the recipe forbids it."""
     change = {"training.sharding": "full"}
+    return None if _allowed(recipe, change) is None else change
+
+
+def _allowed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe | None:
+    """The recipe with some settings changed; None: they contradict others."""
     try:
-        with_settings(recipe, change)
-    except ValidationError:
+        return with_settings(recipe, settings)
+    except RecipeError:
         return None
-    return change
 
 
 def gpus_that_fit(situation: Situation, recipe: Recipe) -> int | None:
@@ -290,6 +309,17 @@ def _quantisations(situation: Situation, recipe: Recipe) -> list[dict[str, Any]]
         extra = [name for name in further if not (name == "quantize_tower" and (tower_trains or form == "fp8"))]
         if extra:
             found.append({**base, **{f"model.{name}": True for name in extra}})
+    return found
+
+
+def _smaller_rollouts(situation: Situation, recipe: Recipe) -> list[int]:
+    """Completions of half the prompts that are sampled at once, and so on down to one; none where the model in training samples none."""
+    sampled = situation.sizes_of(recipe).rollout
+    found: list[int] = []
+    groups = 1 if sampled is None else sampled.groups
+    while sampled is not None and groups > 1:
+        groups //= 2
+        found.append(groups * sampled.completions)
     return found
 
 

@@ -77,7 +77,8 @@ GPUS = (
     Gpu("V100 16GB", 16, (7, 0), 125, 900),
     Gpu("T4", 16, (7, 5), 65, 320),
 )
-_NOISE = {"nvidia", "geforce", "tesla", "gpu", "graphics", "card", "rtx", "sxm", "sxm4", "sxm5", "pcie"}
+_NOISE = {"nvidia", "geforce", "tesla", "gpu", "graphics", "card", "rtx", "sxm", "sxm2", "sxm4", "sxm5", "pcie"}
+_NEAR = 0.65  # likeness from which a name is taken to be another one misspelt
 
 
 def find_gpu(name: str) -> Gpu:
@@ -97,9 +98,21 @@ def find_gpu(name: str) -> Gpu:
     if fitting:
         # Of "RTX 4070" and "RTX 4070 Ti SUPER" the name with fewest words too many.
         return min(fitting, key=lambda gpu: len(_words(gpu.name) - wanted))
-    near = difflib.get_close_matches(name, [gpu.name for gpu in GPUS], n=3, cutoff=0.4)
-    hint = f"Nearest: {', '.join(near)}" if near else f"Known are {', '.join(gpu.name for gpu in GPUS)}"
+    by_plain_name = {_plain(gpu.name): gpu.name for gpu in GPUS}
+    near = difflib.get_close_matches(_plain(name), by_plain_name, n=3, cutoff=_NEAR)
+    hint = f"Nearest: {', '.join(by_plain_name[one] for one in near)}" if near else f"Known are {', '.join(gpu.name for gpu in GPUS)}"
     raise RecipeError(f"No GPU {name!r} is known. {hint}. Name one of them, or give the memory instead, as --gpu 24GiB.")
+
+
+def is_name_of(gpu: Gpu, name: str) -> bool:
+    """Whether a name says this card: "H100" does of the H100 SXM 80GB, "4090 Ti" does not of the RTX 4090."""
+    differing = (_words(name) ^ _words(gpu.name)) - _NOISE
+    return all(re.fullmatch(r"\d+gb|hbm\d*e?", word) for word in differing)
+
+
+def _plain(name: str) -> str:
+    """A name without what most cards have in theirs, to compare spellings."""
+    return " ".join(word for word in name.casefold().split() if word not in _NOISE)
 
 
 def _words(name: str) -> set[str]:

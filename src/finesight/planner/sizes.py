@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finesight.errors import RecipeError
 from finesight.planner.shapes import ModelShape
+from finesight.recipe import Recipe
+from finesight.wording import counted
+
+# Of a sample where there is no data to look at.
+PROMPT_TEXT_TOKENS, ANSWER_TOKENS = 48, 16
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,13 @@ class RunSizes:
         steps: the packs of each optimizer step, of one process.
         source: what they were taken from, for people.
         rollout: answers that are sampled between updates.
+        note: what in them is not as it was asked for.
     """
 
     steps: tuple[tuple[PackSizes, ...], ...]
     source: str = ""
     rollout: RolloutSizes | None = None
+    note: str = ""
 
     @property
     def packs(self) -> tuple[PackSizes, ...]:
@@ -73,7 +80,19 @@ class RunSizes:
         return max(len(step) for step in self.steps)
 
 
-def filled_pack(model: ModelShape, tokens: int, pixels: int, *, text_tokens: int = 64, answer_tokens: int = 16) -> PackSizes:
+def visual_tokens_of(model: ModelShape, pixels: int) -> int:
+    """Of an image of so many pixels, whose sides are whole visual tokens already; at least one."""
+    return max(1, pixels // (model.vision.patch_size * model.vision.merge_size) ** 2)
+
+
+def filled_pack(
+    model: ModelShape,
+    tokens: int,
+    pixels: int,
+    *,
+    text_tokens: int = PROMPT_TEXT_TOKENS + ANSWER_TOKENS,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> PackSizes:
     """A pack of so many tokens, filled with images of `pixels` pixels and short texts: where there is no data to look at.
 
     Args:
@@ -82,7 +101,7 @@ def filled_pack(model: ModelShape, tokens: int, pixels: int, *, text_tokens: int
         answer_tokens: supervised ones among them.
     """
     merge = model.vision.merge_size
-    visual = max(1, pixels // (model.vision.patch_size * merge) ** 2)
+    visual = visual_tokens_of(model, pixels)
     length = visual + text_tokens
     samples = max(1, tokens // length)
     return PackSizes(
@@ -95,14 +114,35 @@ def filled_pack(model: ModelShape, tokens: int, pixels: int, *, text_tokens: int
     )
 
 
+def sampled_with(rollout: RolloutSizes | None, recipe: Recipe) -> RolloutSizes | None:
+    """The same completions, no more of them at once than `rollout.batch_size` of the recipe allows (whole groups)."""
+    if rollout is None or recipe.rollout is None:
+        return None
+    return replace(rollout, groups=min(rollout.groups, -(-recipe.rollout.batch_size // rollout.completions)))
+
+
 def filled_run(model: ModelShape, token_budget: int, pixels: int, samples_per_step: int) -> RunSizes:
     """Steps of filled packs, as many as `samples_per_step` samples need."""
     pack = filled_pack(model, token_budget, pixels)
     count = -(-samples_per_step // pack.samples)
     side = round(pixels**0.5)
     return RunSizes(
-        ((pack,) * count,), source=f"no data: packs of {pack.tokens:,} tokens, filled with images of about {side} × {side} pixels"
+        ((pack,) * count,),
+        source=f"no data: packs of {pack.tokens:,} tokens, filled with images of about {side} × {side} pixels",
+        note=note_of_larger_packs(token_budget, pack.tokens, "one image with its text"),
     )
+
+
+def note_of_larger_packs(token_budget: int, tokens: int, least: str) -> str:
+    """Of packs that could not be kept to their budget; empty where they were.
+
+    Args:
+        tokens: of the largest pack.
+        least: what every pack must hold.
+    """
+    if tokens <= token_budget:
+        return ""
+    return f"{counted(token_budget, 'token')} a pack are less than {least}; packs of {tokens:,} are planned"
 
 
 def largest(packs: Sequence[PackSizes]) -> PackSizes:

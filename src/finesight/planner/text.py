@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.bar import Bar
@@ -14,6 +15,7 @@ from finesight.planner.calibration import GIB
 from finesight.planner.fit import Change
 from finesight.planner.moments import MemoryPlan
 from finesight.planner.weights import matrices_by_storage
+from finesight.wording import counted
 
 BAR_COLUMNS = 36
 _FORMS = {"fp8": "8-bit float", "8bit": "8-bit integer", "4bit": "4-bit (NF4)"}  # others: the precision that the base computes in
@@ -86,9 +88,31 @@ def heading(plan: MemoryPlan) -> list[str]:
         f"Activations: {plan.policy}, layers {compiled}. Packs: {plan.sizes.source or 'of the data'}; the largest has "
         f"{max(pack.tokens for pack in plan.sizes.packs):,} tokens, {max(pack.total_patches for pack in plan.sizes.packs):,} patches, "
         f"{max(pack.targets for pack in plan.sizes.packs):,} targets",
+        *([f"Note: {plan.sizes.note}"] if plan.sizes.note else []),
+        *_of_reinforcement(plan),
         *([_on_each(plan)] if plan.processes > 1 else []),
         f"Peak at: {plan.peak.name}",
     ]
+
+
+def _of_reinforcement(plan: MemoryPlan) -> list[str]:
+    """What is sampled at once, and what of a run of reinforcement is not in the plan."""
+    grpo, rollout, sampled = plan.recipe.grpo, plan.recipe.rollout, plan.sizes.rollout
+    if grpo is None or rollout is None:
+        return []
+    lines = []
+    if sampled is not None:
+        lines.append(
+            f"Sampled at once (rollout.batch_size: {rollout.batch_size}): for {counted(sampled.groups, 'prompt')} of at most "
+            f"{counted(sampled.prompt_tokens, 'token')} {sampled.completions} completions each, of at most {sampled.completion_tokens:,}"
+        )
+    if grpo.beta:
+        lines.append(
+            "Reference (grpo.beta): the base without its adapter, on the same packs without gradients; it adds nothing to the peak"
+        )
+    if rollout.engine != "builtin":
+        lines.append(f"Not counted: the server of rollout.engine: {rollout.engine}, should it run on the same GPU")
+    return lines
 
 
 def _on_each(plan: MemoryPlan) -> str:
@@ -145,6 +169,8 @@ def to_dict(plan: MemoryPlan, available_bytes: int | None, changes: Sequence[Cha
         "gpus": plan.processes,
         "sharding": plan.recipe.training.sharding,
         "packs_from": plan.sizes.source,
+        "note": plan.sizes.note,
+        "rollout": None if plan.sizes.rollout is None else asdict(plan.sizes.rollout),
         "peak_moment": plan.peak.name,
         "peak_bytes": plan.peak_bytes,
         "context_bytes": plan.context_bytes,

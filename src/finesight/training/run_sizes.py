@@ -1,12 +1,31 @@
-"""Sizes of a run's packs for the planner, from the rows themselves. Loads no torch."""
+"""Sizes of a run's packs for the planner, from the rows themselves or, of reinforcement, from prompts made up. Loads no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from finesight.data.audit_settings import group_run
+from finesight.data.conversation import Part, RowSource
 from finesight.data.formats import ReadResult
+from finesight.data.groups import GroupSchedule
 from finesight.data.pack import PackPlan
-from finesight.planner.sizes import PackSizes, RolloutSizes, RunSizes
+from finesight.data.sample import Sample, VisualItem
+from finesight.data.steps import StepPlan
+from finesight.errors import RecipeError
+from finesight.geometry import Grid
+from finesight.planner.shapes import ModelShape
+from finesight.planner.sizes import (
+    PROMPT_TEXT_TOKENS,
+    PackSizes,
+    RolloutSizes,
+    RunSizes,
+    note_of_larger_packs,
+    sampled_with,
+    visual_tokens_of,
+)
 from finesight.recipe import Recipe
 from finesight.training.prepare import Prepared, prepare
 from finesight.wording import counted
@@ -48,19 +67,82 @@ def rollout_sizes(prepared: Prepared) -> RolloutSizes | None:
 
     Another engine samples in memory of its own; held-out prompts are answered by the model in training all the same.
     """
-    grpo, rollout = prepared.recipe.grpo, prepared.recipe.rollout
+    return _rollout_sizes(prepared.recipe, prepared.samples)
+
+
+def _rollout_sizes(recipe: Recipe, prompts: Sequence[Sample]) -> RolloutSizes | None:
+    grpo, rollout = recipe.grpo, recipe.rollout
     if grpo is None or rollout is None:
         return None
-    if rollout.engine != "builtin" and prepared.recipe.training.eval_strategy == "no":
+    if rollout.engine != "builtin" and recipe.training.eval_strategy == "no":
         return None
-    groups = prepared.recipe.training.train_batch_size // grpo.num_generations * grpo.steps_per_generation
+    groups = recipe.training.train_batch_size // grpo.num_generations * grpo.steps_per_generation
     return RolloutSizes(
         groups=min(groups, -(-rollout.batch_size // grpo.num_generations)),
         completions=grpo.num_generations,
-        prompt_tokens=max(len(sample) for sample in prepared.samples),
+        prompt_tokens=max(len(prompt) for prompt in prompts),
         completion_tokens=rollout.max_completion_length,
-        prompt_patches=max(sum(item.grid.patches for item in sample.visual_items) for sample in prepared.samples),
+        prompt_patches=max(sum(item.grid.patches for item in prompt.visual_items) for prompt in prompts),
     )
+
+
+def _heaviest_hands(steps: Sequence[StepPlan]) -> tuple[tuple[PackSizes, ...], ...]:
+    """Of each step the packs of the process with most tokens."""
+    packs = []
+    for step in steps:
+        hands = [[step.plans[number] for number in hand if number is not None] for hand in step.deal]
+        packs.append(tuple(pack_sizes(plan) for plan in max(hands, key=lambda hand: sum(plan.num_tokens for plan in hand))))
+    return tuple(packs)
+
+
+def filled_groups(model: ModelShape, recipe: Recipe, token_budget: int, pixels: int, processes: int = 1) -> RunSizes:
+    """A step of reinforcement whose prompts are all alike: where there is no data to look at.
+
+    It is planned as one of data is: groups are packed by :class:`GroupSchedule`, every completion at its full length.
+
+    Args:
+        recipe: of reinforcement.
+        token_budget: most tokens of a pack; one completion with its prompt is planned even where it is longer.
+        pixels: of each prompt's image, as for :func:`finesight.planner.sizes.filled_pack`.
+        processes: that share each step.
+
+    Raises:
+        RecipeError: the recipe has no section grpo.
+    """
+    run = group_run(recipe)
+    if run is None:
+        raise RecipeError("Steps of groups are for reinforcement: add a section grpo to the recipe.")
+    sizes, batch = run.sizes, recipe.training.train_batch_size
+    visual = visual_tokens_of(model, pixels)
+    prompts = [_made_up_prompt(model, number, visual) for number in range(batch // sizes.num_generations)]
+    schedule = GroupSchedule(
+        prompts, sizes=sizes, train_batch_size=batch, token_budget=token_budget, share=recipe.shares_prefixes, processes=processes
+    )
+    side = round(pixels**0.5)
+    source = (
+        f"no data: groups of {sizes.num_generations} completions of {sizes.completion_tokens:,} tokens, each group's prompt of an image of "
+        f"about {side} × {side} pixels and {PROMPT_TEXT_TOKENS} tokens of text"
+    )
+    steps = _heaviest_hands(schedule.survey(1))
+    note = note_of_larger_packs(token_budget, max(pack.tokens for step in steps for pack in step), "one prompt with a completion")
+    return RunSizes(steps, source=source, rollout=_rollout_sizes(recipe, prompts), note=note)
+
+
+def _made_up_prompt(model: ModelShape, number: int, visual: int) -> Sample:
+    """An image of so many visual tokens, another for each number, and a short text."""
+    merge, length = model.vision.merge_size, visual + PROMPT_TEXT_TOKENS
+    image = VisualItem(
+        "image",
+        Part("image"),
+        Grid(1, visual * merge, merge),
+        resized_height=visual * merge * model.vision.patch_size,
+        resized_width=merge * model.vision.patch_size,
+        runs=((0, visual),),
+        key=str(number),
+    )
+    positions = np.broadcast_to(np.arange(length), (3, length))
+    ids, none = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=bool)
+    return Sample(ids, positions, none, (image,), next_position=length, source=RowSource("no data", number))
 
 
 @dataclass
@@ -86,7 +168,9 @@ class DataSizes:
         key = (recipe.training.token_budget, recipe.data.max_pixels)
         if key not in self._found:
             self._found[key] = self._survey(recipe)
-        return self._found[key]
+        found = self._found[key]
+        sampled = sampled_with(found.rollout, recipe)
+        return found if sampled == found.rollout else replace(found, rollout=sampled)
 
     def _survey(self, recipe: Recipe) -> RunSizes:
         prepared = self._rows(recipe)
@@ -94,13 +178,8 @@ class DataSizes:
         planned = replace(prepared, recipe=prepared.recipe.model_copy(update={"training": training}))
         schedule = planned.schedule(processes=self.processes)
         steps = schedule.survey(SURVEYED_STEPS)
-        # Of each step the share of the process with most tokens.
-        packs = []
-        for step in steps:
-            hands = [[step.plans[number] for number in hand if number is not None] for hand in step.deal]
-            packs.append(tuple(pack_sizes(plan) for plan in max(hands, key=lambda hand: sum(plan.num_tokens for plan in hand))))
         source = f"{len(steps):,} of {counted(schedule.steps_per_epoch, 'step')} of the data"
-        return RunSizes(tuple(packs), source=source, rollout=rollout_sizes(planned))
+        return RunSizes(_heaviest_hands(steps), source=source, rollout=rollout_sizes(planned))
 
     def _rows(self, recipe: Recipe) -> Prepared:
         pixels = recipe.data.max_pixels

@@ -26,7 +26,12 @@ def plan(
     search: Annotated[bool, typer.Option("--fit", help="Search for the fastest settings that fit.")] = False,
     write: Annotated[Path | None, typer.Option(help="With --fit: recipe to write; never overwritten.", show_default=False)] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the largest pack, without reading data; kept by --fit.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a whole pack (in place of training.token_budget), not of a sample, without reading data; kept by --fit.",
+            show_default=False,
+        ),
     ] = None,
     pixels: Annotated[int | None, typer.Option(min=1024, help="Pixels of each image, without reading data.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead.")] = False,
@@ -55,7 +60,7 @@ def plan(
     if write is not None and fitted is not None:
         write_fitted(write, fitted, recipe.name)
     if as_json:
-        content = to_dict(outcome.plan, available, outcome.changes)
+        content = {"gpu": outcome.target.label or None, **to_dict(outcome.plan, available, outcome.changes)}
         if fitted is not None:
             content["fitted"] = {"settings": dict(fitted.settings), **to_dict(fitted.plan, available)}
         typer.echo(json.dumps(content, indent=2))
