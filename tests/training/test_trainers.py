@@ -133,6 +133,7 @@ class GRPOConfig(TrainingArguments):
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
     use_vllm: bool = False
+    vllm_mode: str = "colocate"
     shuffle_dataset: bool = True
     vllm_importance_sampling_cap: float = 3.0
     learning_rate: float = 1e-6
@@ -166,9 +167,62 @@ def test_a_config_of_trl_becomes_settings(tmp_path):
     assert again.training.learning_rate == 5e-6  # what is given by name goes before
 
 
+@dataclass
+class HalfByDefaultConfig(GRPOConfig):
+    """As TRL's from 1.0 on: bfloat16 unless something else is said, which cannot be built everywhere."""
+
+    bf16: bool | None = None
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self):
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__()
+        if self.bf16:
+            raise ValueError("Your setup doesn't support bf16/gpu. You need to assign use_cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_cpu": True},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"dataloader_persistent_workers": True, "dataloader_num_workers": 2, "dataloader_prefetch_factor": 2},
+        {"logging_nan_inf_filter": False, "log_level": "error", "run_name": "mine", "hub_model_id": "me/mine"},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, "save_steps": 10},
+        {"ddp_timeout": 60, "torch_compile_backend": "inductor", "tf32": False},
+    ],
+)
+def test_a_config_that_cannot_be_built_bare_is_taken_with_what_changes_no_training(tmp_path, change):
+    config = HalfByDefaultConfig(output_dir=str(tmp_path), max_steps=1, bf16=False, **change)
+    training = GRPOTrainer("model", "json", config, eval_dataset=[{}]).recipe.training
+    assert training.max_steps == 1 and training.num_workers == change.get("dataloader_num_workers", 0)
+    assert training.gradient_checkpointing == "auto"
+
+
+def test_defaults_are_those_of_the_fields_where_a_class_cannot_be_built_again(tmp_path):
+    @dataclass
+    class Once(GRPOConfig):
+        built = False
+
+        def __post_init__(self):
+            super().__post_init__()
+            if Once.built:
+                raise RuntimeError("only once")
+            Once.built = True
+
+    config = Once(output_dir=str(tmp_path), neftune_noise_alpha=5.0, use_cpu=True)
+    with pytest.raises(RecipeError, match=r"no such setting here: neftune_noise_alpha\. Leave it out of Once"):
+        GRPOTrainer("model", "json", config)
+    config.neftune_noise_alpha = None
+    assert GRPOTrainer("model", "json", config).recipe.training.train_batch_size == 8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"use_vllm": True, "vllm_mode": "colocate"}, 'use_vllm=True, vllm_mode="colocate": vLLM runs only as a server'),
+        ({"push_to_hub": True}, "push_to_hub"),
+        ({"metric_for_best_model": "eval_accuracy"}, "metric_for_best_model"),
         ({"repetition_penalty": 1.2}, "no such setting here: repetition_penalty"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "a multiple of gradient_accumulation_steps"),
         ({"importance_sampling_level": "sequence"}, "gspo"),

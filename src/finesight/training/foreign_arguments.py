@@ -15,18 +15,47 @@ from finesight.errors import RecipeError
 from finesight.foreign_names import FOREIGN_NAMES
 from finesight.recipe_files import all_setting_names
 
-_RENAMED = {"shuffle_dataset": "shuffle", "dataloader_num_workers": "num_workers", "vllm_importance_sampling_cap": "importance_cap"}
+_RENAMED = {
+    "shuffle_dataset": "shuffle", "dataloader_num_workers": "num_workers", "vllm_importance_sampling_cap": "importance_cap",
+    "vllm_importance_sampling_clip_max": "importance_cap",
+}  # fmt: skip
 # Are translated, together or with another range of values.
 _TRANSLATED = frozenset({
     "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size", "max_steps", "warmup_steps",
     "warmup_ratio", "optim", "scale_rewards", "importance_sampling_level", "bf16", "fp16", "torch_compile", "gradient_checkpointing",
+    "activation_checkpointing", "use_vllm",
 })  # fmt: skip
 # Change nothing about what is trained: how it is computed, shown and kept is settled otherwise here.
 _WITHOUT_EFFECT = frozenset({
-    "gradient_checkpointing_kwargs", "per_device_eval_batch_size", "remove_unused_columns", "disable_tqdm", "logging_dir", "logging_first_step",
-    "logging_strategy", "log_completions", "num_completions_to_print", "log_unique_prompts", "dataloader_pin_memory", "use_liger_kernel",
-    "ds3_gather_for_generation", "use_transformers_paged", "cache_implementation", "run_name", "label_names", "do_train", "do_eval",
+    # devices, precision of products, memory
+    "use_cpu", "no_cuda", "use_mps_device", "local_rank", "tf32", "accelerator_config", "parallelism_config", "torch_compile_backend",
+    "torch_compile_mode", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "use_liger_kernel", "liger_kernel_config",
+    "torch_empty_cache_steps", "use_cache", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph",
+    "ddp_backend", "ddp_timeout", "average_tokens_across_devices", "ds3_gather_for_generation", "use_transformers_paged", "cache_implementation",
+    "use_transformers_continuous_batching", "transformers_continuous_batching_config", "bf16_full_eval", "fp16_full_eval",
+    "pad_to_multiple_of", "auto_find_batch_size",
+    # how rows are read
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    "dataloader_in_order", "remove_unused_columns", "label_names", "length_column_name",
+    # what is shown and kept
+    "disable_tqdm", "logging_dir", "logging_first_step", "logging_strategy", "logging_nan_inf_filter", "log_on_each_node", "log_level",
+    "log_level_replica", "include_num_input_tokens_seen", "include_tokens_per_second", "skip_memory_metrics", "run_name", "project", "debug",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "log_completions", "log_multimodal", "num_completions_to_print",
+    "log_unique_prompts", "save_on_each_node", "save_safetensors", "enable_jit_checkpoint", "overwrite_output_dir",
+    "restore_callback_states_from_checkpoint",
+    # the hub, where push_to_hub says whether anything is sent
+    "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+    # held-out rows
+    "per_device_eval_batch_size", "prediction_loss_only", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "do_train", "do_eval", "do_predict",
+    # of vLLM, which use_vllm says whether it samples
+    "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+    "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size",
 })  # fmt: skip
+# Values that mean what is done here anyway.
+_AS_HERE: dict[str, tuple[Any, ...]] = {"metric_for_best_model": ("loss", "eval_loss"), "greater_is_better": (False,)}
+# What a class needs to be built without arguments where the user's object could be built.
+_FOR_BUILDING = ("output_dir", "use_cpu", "no_cuda", "bf16", "fp16", "use_liger_kernel")
 _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 _SCALES = {True: "group", False: "none"}
 _ATTENTION, _MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
@@ -66,15 +95,39 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse_without_counterpart(arguments: Any, given: Mapping[str, Any]) -> None:
-    try:
-        default = type(arguments)()
-    except Exception as error:  # whatever its own checks raise
-        raise RecipeError(f"args: {type(arguments).__name__} cannot be compared with its defaults: {error}") from None
+    kind = type(arguments).__name__
+    if given.get("use_vllm"):
+        mode = f', vllm_mode="{given["vllm_mode"]}"' if "vllm_mode" in given else ""
+        raise RecipeError(
+            f"args: use_vllm=True{mode}: vLLM runs only as a server beside the run here. Leave both out of {kind}, and the model in training "
+            'samples itself; or start a server and give the trainer engine="vllm" and url="http://…"'
+        )
     taken = _of_the_same_name() | _TRANSLATED | _WITHOUT_EFFECT | _RENAMED.keys()
-    wrong = [name for name, value in given.items() if name not in taken and repr(value) != repr(_plain(getattr(default, name)))]
+    wrong = [name for name in _set_by_the_user(arguments, given) if name not in taken and given[name] not in _AS_HERE.get(name, ())]
     if wrong:
         hints = [f"{name} ({FOREIGN_NAMES[name]})" if name in FOREIGN_NAMES else name for name in wrong]
-        raise RecipeError(f"args: there is no such setting here: {', '.join(hints)}. Leave it out of {type(arguments).__name__}")
+        raise RecipeError(f"args: there is no such setting here: {', '.join(hints)}. Leave it out of {kind}")
+
+
+def _set_by_the_user(arguments: Any, given: Mapping[str, Any]) -> list[str]:
+    """Fields that hold neither the default of the class nor what the class itself makes of its defaults.
+
+    Its checks may not let it be built where the user built theirs (bfloat16 on a CPU): then only the fields' defaults count.
+    """
+    fields = {field.name: field for field in dataclasses.fields(arguments) if field.name in given}
+    defaults = {name: [_default_of(field)] for name, field in fields.items()}
+    try:
+        built = type(arguments)(**{name: given[name] for name in _FOR_BUILDING if name in fields and fields[name].init})
+    except Exception:  # whatever its own checks raise
+        built = None
+    if built is not None:
+        for name, known in defaults.items():
+            known.append(_plain(getattr(built, name)))
+    return [name for name, known in defaults.items() if repr(given[name]) not in map(repr, known)]
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    return _plain(field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
 
 
 def _batch(given: Mapping[str, Any]) -> dict[str, Any]:
