@@ -18,7 +18,7 @@ from finesight.data.conversation import Conversation, Part, RowSource, Turn
 from finesight.errors import EvaluationError, RecipeError
 from finesight.grpo_settings import RewardSettings
 from finesight.models.load import load
-from finesight.training.trainers import GRPOTrainer
+from finesight.training.trainers import GRPOTrainer, SFTTrainer
 from tiny_runs import MAX_PIXELS, MIN_PIXELS
 
 QUICK = dict(
@@ -252,6 +252,69 @@ def test_what_has_no_counterpart_is_refused(tmp_path, change, message):
 def test_wrong_arguments_say_what_to_change(arguments, message):
     with pytest.raises(RecipeError, match=message):
         GRPOTrainer("model", **arguments)
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """As the other, of supervised training."""
+
+    learning_rate: float = 2e-5
+    max_length: int | None = 1024
+    shuffle_dataset: bool = False
+    packing: bool = False
+    assistant_only_loss: bool = False
+    completion_only_loss: bool | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    loss_type: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.loss_type = self.loss_type or "chunked_nll"
+
+
+def test_a_config_of_supervised_training_becomes_settings_by_name_and_in_second_place(tmp_path):
+    config = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_length=2048, assistant_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True}, num_train_epochs=2, bf16=False, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    recipe = SFTTrainer("model", args=config, data_collator=None, callbacks=[], learning_rate=1e-3, processing_class=None).recipe
+    t = recipe.training
+    assert (t.train_batch_size, t.num_train_epochs, t.learning_rate, t.shuffle, t.output_dir) == (8, 2, 1e-3, True, str(tmp_path))
+    assert recipe.grpo is None and recipe.data.max_length_tokens == 2048
+    assert SFTTrainer("model", config).recipe.training.learning_rate == 2e-5
+    config.max_length = None
+    assert SFTTrainer("model", args=config).recipe.data.max_length_tokens is None
+    assert SFTTrainer("model", args=SFTConfig(output_dir=str(tmp_path))).recipe.data.max_length_tokens is None  # its default cuts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packing": True}, r"no such setting here: packing \(samples are always packed"),
+        ({"completion_only_loss": False}, "completion_only_loss"),
+        ({"loss_type": "dft"}, "loss_type"),
+    ],
+)
+def test_what_supervised_training_has_not_is_refused(tmp_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        SFTTrainer("model", args=SFTConfig(output_dir=str(tmp_path), **change))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"args": 3}, "a mapping of settings, or TRL's SFTConfig, not int"),
+        ({"processing_class": object()}, "read with it"),
+        ({"callbacks": [object()]}, "SFTTrainer: callbacks is not taken: .* metrics.jsonl"),
+        ({"data_collator": len}, "data_collator is not taken: samples are packed"),
+        ({"formatting_func": len}, "for row in rows"),
+        ({"optimizers": (object(), None)}, "write optim"),
+    ],
+)
+def test_objects_of_other_trainers_say_what_to_do(arguments, message):
+    with pytest.raises(RecipeError, match=message) as raised:
+        SFTTrainer("model", **arguments)
+    assert len(str(raised.value)) < 250
 
 
 def test_a_model_of_another_library_is_refused():

@@ -16,12 +16,12 @@ from finesight.data.processor import Processor
 from finesight.data.tables import RowTable
 from finesight.data_settings import SourceSettings
 from finesight.errors import DataError, RecipeError
-from finesight.foreign_names import BATCH_NAMES, FOREIGN_NAMES
+from finesight.foreign_names import BATCH_NAMES, FOREIGN_NAMES, FOREIGN_OBJECTS
 from finesight.grpo_settings import RewardSettings
 from finesight.models.load import LoadedModel
 from finesight.recipe import Recipe
 from finesight.recipe_files import all_setting_names, parse_recipe
-from finesight.training.foreign_arguments import settings_of_arguments, settings_of_peft_config
+from finesight.training.foreign_arguments import is_foreign_config, settings_of_arguments, settings_of_peft_config
 from finesight.training.run import RunResult, run_recipe
 
 RewardFunction = Callable[..., Any]
@@ -38,15 +38,17 @@ class SFTTrainer:
 
     Args:
         model: a checkpoint (folder or hub name), or what :func:`finesight.load` gave. May be left out if the recipe names it.
-        processor: of a model that is loaded already; goes before its own.
+        processor: of a model that is loaded already; goes before its own. TRL's `SFTConfig` may stand in its place, as it does there.
         train_dataset: rows: dicts in any format that files may have, conversations, a `datasets.Dataset`, or a path.
             None: what the recipe names.
         eval_dataset: held-out rows, likewise; `eval_split` divides them off the others instead.
+        args: settings by their own names, as `settings`; or TRL's `SFTConfig`, whose batch sizes then make up `train_batch_size`.
+        processing_class: as `processor`.
         peft_config: a `peft.LoraConfig`, for settings of the section `tuning`.
         recipe: settings to start from.
         console: for progress; None: a new one on stdout.
         settings: any setting of the sections `training`, `tuning`, `data` and `model` by its own name (`learning_rate=…`, `r=…`,
-            `max_pixels=…`); these go before those of the recipe.
+            `max_pixels=…`); these go before those of `args`, and `args` before those of the recipe.
 
     Raises:
         RecipeError: a setting is unknown or does not fit.
@@ -61,11 +63,17 @@ class SFTTrainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
+        args: Any = None,
+        processing_class: Any = None,
         peft_config: Any = None,
         recipe: Recipe | None = None,
         console: Console | None = None,
         **settings: Any,
     ) -> None:
+        if args is None and is_foreign_config(processor):
+            args, processor = processor, None
+        processor = processing_class if processor is None else processor
+        settings = self._without_objects({**settings_of_arguments(args, reinforcement=False), **settings})
         if model is not None and not isinstance(model, (str, Path, LoadedModel)):
             raise RecipeError(
                 f"{self._name}: model is a {type(model).__name__}; give the folder or name of a checkpoint, or what finesight.load(…) gave for it"
@@ -157,6 +165,14 @@ class SFTTrainer:
         source = like.model_copy(update={"path": name})
         return read_source(source, data=data, base_dir=Path.cwd(), table=table, require_answer=answers)
 
+    def _without_objects(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings without what is an object in other trainers, and may be given as None."""
+        for key in FOREIGN_OBJECTS.keys() & settings.keys():
+            value = settings[key]
+            if value is not None and not (isinstance(value, (tuple, list)) and all(one is None for one in value)):
+                raise RecipeError(f"{self._name}: {key} is not taken: {FOREIGN_OBJECTS[key]}")
+        return {key: value for key, value in settings.items() if key not in FOREIGN_OBJECTS}
+
     def _recipe_with(self, recipe: Recipe | None, name: str | None, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with flat settings put into their sections."""
         content: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True) if recipe is not None else {}
@@ -227,7 +243,7 @@ class GRPOTrainer(SFTTrainer):
         console: Console | None = None,
         **settings: Any,
     ) -> None:
-        settings = {**settings_of_arguments(args), **settings}
+        settings = {**settings_of_arguments(args, reinforcement=True), **settings}
         weights = settings.pop("reward_weights", None)
         self._functions: dict[str, RewardFunction] = {}
         if reward_funcs is not None:
