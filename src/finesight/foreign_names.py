@@ -68,6 +68,7 @@ FOREIGN_OBJECTS: dict[str, str] = {
     "optimizers": "write optim, learning_rate and lr_scheduler_type",
     "preprocess_logits_for_metrics": "there are no logits to hand out: only targets reach the vocabulary; leave it out",
     "quantization_config": "write load_in_4bit=True or load_in_8bit=True",
+    "reward_funcs": "rewards are for GRPOTrainer",
     "reward_processing_classes": "a reward model is a function of yours that calls it; put it in reward_funcs",
     "rollout_func": "completions are sampled here; settings of sampling are those of the section rollout",
     "tokenizer": "the tokenizer is read with the checkpoint; leave it out",

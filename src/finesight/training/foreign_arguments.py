@@ -14,6 +14,7 @@ from typing import Any
 from finesight.errors import RecipeError
 from finesight.foreign_names import FOREIGN_NAMES
 from finesight.recipe_files import all_setting_names
+from finesight.training.flat_settings import REINFORCEMENT, as_keywords
 
 _RENAMED = {
     "shuffle_dataset": "shuffle", "dataloader_num_workers": "num_workers", "vllm_importance_sampling_cap": "importance_cap",
@@ -123,7 +124,7 @@ def _refuse_without_counterpart(kind: str, given: Mapping[str, Any], chosen: Seq
         )
     taken = _TRANSLATED | _WITHOUT_EFFECT | _RENAMED.keys()
     if wrong := [name for name in chosen if name not in taken and given[name] not in _AS_HERE.get(name, ())]:
-        hints = [f"{name} ({FOREIGN_NAMES[name]})" if name in FOREIGN_NAMES else name for name in wrong]
+        hints = [f"{name} ({as_keywords(FOREIGN_NAMES[name], REINFORCEMENT)})" if name in FOREIGN_NAMES else name for name in wrong]
         raise RecipeError(f"args: there is no such setting here: {', '.join(hints)}. Leave it out of {kind}")
 
 

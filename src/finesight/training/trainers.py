@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,16 @@ from finesight.data.processor import Processor
 from finesight.data.tables import RowTable
 from finesight.data_settings import SourceSettings
 from finesight.errors import DataError, RecipeError
-from finesight.foreign_names import BATCH_NAMES, FOREIGN_NAMES, FOREIGN_OBJECTS
+from finesight.foreign_names import FOREIGN_OBJECTS
 from finesight.grpo_settings import RewardSettings
 from finesight.models.load import LoadedModel
 from finesight.recipe import Recipe
-from finesight.recipe_files import all_setting_names, parse_recipe
+from finesight.recipe_files import parse_recipe
+from finesight.training.flat_settings import REINFORCEMENT, SUPERVISED, in_sections
 from finesight.training.foreign_arguments import is_foreign_config, settings_of_arguments, settings_of_peft_config
 from finesight.training.run import RunResult, run_recipe
 
 RewardFunction = Callable[..., Any]
-_SECTIONS = ("training", "tuning", "data", "model")
 
 
 class SFTTrainer:
@@ -54,7 +53,7 @@ class SFTTrainer:
         RecipeError: a setting is unknown or does not fit.
     """
 
-    sections: tuple[str, ...] = _SECTIONS  # whose settings are taken by their own names; of two with one name, the first
+    sections: tuple[str, ...] = SUPERVISED  # whose settings are taken by their own names; of two with one name, the first
 
     def __init__(
         self,
@@ -176,18 +175,8 @@ class SFTTrainer:
     def _recipe_with(self, recipe: Recipe | None, name: str | None, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with flat settings put into their sections."""
         content: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True) if recipe is not None else {}
-        places: dict[str, str] = {"train": "data"}
-        for section in self.sections:
-            own = [path.split(".")[1] for path in all_setting_names() if path.count(".") == 1 and path.startswith(f"{section}.")]
-            places |= {key: section for key in own if key not in places and key not in BATCH_NAMES}
-        for key, value in settings.items():
-            if key == "rewards":
-                content[key] = value
-                continue
-            known_elsewhere = key in FOREIGN_NAMES or key in BATCH_NAMES  # a recipe says what to write instead
-            if key not in places and not known_elsewhere and (near := difflib.get_close_matches(key, places, n=1)):
-                raise RecipeError(f"{self._name}: {key} is no setting; did you mean {near[0]!r}?")
-            content.setdefault(places.get(key, "training"), {})[key] = str(value) if isinstance(value, Path) else value
+        for section, values in in_sections(settings, self.sections, self._name).items():
+            content[section] = {**(content.get(section) or {}), **values} if isinstance(values, dict) else values
         if name is not None:
             content.setdefault("model", {})["name_or_path"] = name
         return parse_recipe(content, origin=self._name)
@@ -227,7 +216,7 @@ class GRPOTrainer(SFTTrainer):
         RecipeError: a setting is unknown or does not fit.
     """
 
-    sections = ("training", "grpo", "rollout", "tuning", "data", "model")
+    sections = REINFORCEMENT
 
     def __init__(
         self,
