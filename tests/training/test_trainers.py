@@ -98,7 +98,7 @@ def test_a_loaded_model_and_conversations(checkpoint, tmp_path):
         loaded, lambda completions: [1.0] * len(completions), {**QUICK, "output_dir": str(tmp_path / "run"), "max_steps": 1},
         rows, processing_class=loaded.processor, console=Console(quiet=True),
     )  # fmt: skip
-    assert trainer.recipe.rewards[0].name == "reward"
+    assert trainer.recipe.rewards[0].name == "lambda"
     (line,) = [line for line in trainer.train().history if "reward" in line]
     assert line["frac_reward_zero_std"] == 1.0 and line["reward"] == 1.0
 

@@ -283,5 +283,5 @@ class GRPOTrainer(SFTTrainer):
 def _name_of(function: RewardFunction, taken: set[str]) -> str:
     """The name of a function in the recipe and in figures, with a number where two have the same."""
     name = str(getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", None) or type(function).__name__)
-    name = "reward" if name == "<lambda>" else name
+    name = "lambda" if name == "<lambda>" else name
     return next(option for option in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if option not in taken)
