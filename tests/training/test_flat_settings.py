@@ -12,10 +12,10 @@ from finesight.training.flat_settings import REINFORCEMENT, SUPERVISED, as_keywo
 
 
 def test_each_goes_to_its_section_by_either_spelling():
-    settings = {"max_length_tokens": 5, "data.fps": 1.0, "training.seed": 2, "r": 4, "rewards": ["json"], "batch_size": 3}
+    settings = {"max_length_tokens": 5, "data.fps": 1.0, "training.seed": 2, "r": 4, "rewards": ["json"]}
     assert in_sections(settings, SUPERVISED, "me") == {
         "data": {"max_length_tokens": 5, "fps": 1.0},
-        "training": {"seed": 2, "batch_size": 3},
+        "training": {"seed": 2},
         "tuning": {"r": 4},
         "rewards": ["json"],
     }
@@ -42,6 +42,11 @@ def test_each_goes_to_its_section_by_either_spelling():
 def test_an_unknown_name_is_answered_as_python_writes_it(name, message):
     with pytest.raises(RecipeError, match=message):
         in_sections({name: 1}, SUPERVISED, "SFTTrainer")
+
+
+def test_batch_sizes_are_answered_with_their_product():
+    with pytest.raises(RecipeError, match=r"`train_batch_size=8` .*; remove per_device_train_batch_size and gradient_accumulation_steps$"):
+        in_sections({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, SUPERVISED, "SFTTrainer")
 
 
 def test_all_unknown_names_are_told_at_once():

@@ -241,7 +241,7 @@ def test_what_has_no_counterpart_is_refused(tmp_path, change, message):
         ({"reward_funcs": ["json"], "reward_weights": [1, 2]}, "2 reward_weights were given for 1"),
         ({"reward_weights": [1]}, "are of reward_funcs"),
         ({"reward_funcs": "json", "args": object()}, "must be a mapping"),
-        ({"reward_funcs": "json", "batch_size": 4}, "train_batch_size: 4"),
+        ({"reward_funcs": "json", "batch_size": 4}, "train_batch_size=4"),
         ({"reward_funcs": "json", "num_generation": 4}, "num_generations"),
         ({"reward_funcs": "json", "processing_class": object()}, "read with it"),
         ({"reward_funcs": "json", "peft_config": LoraConfig(target_modules=["q_proj"])}, "name all attention projections"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from finesight.errors import RecipeError
 from finesight.foreign_names import BATCH_NAMES, FOREIGN_NAMES
+from finesight.recipe import answer_to_batch
 from finesight.recipe_files import all_setting_names
 
 # Sections whose settings a trainer takes by their own names; of two with one name, the first.
@@ -29,15 +30,15 @@ def in_sections(settings: Mapping[str, Any], sections: Sequence[str], origin: st
         RecipeError: names are unknown, all of them at once.
     """
     places = _places(sections)
-    content: dict[str, Any] = {}
-    wrong: list[str] = []
+    content: dict[str, Any] = {"rewards": settings["rewards"]} if "rewards" in settings else {}
+    batch = {key: settings[key] for key in BATCH_NAMES if key in settings}
+    wrong = [answer_to_batch(batch, "train_batch_size=")] if batch else []
     for key, value in settings.items():
-        section, dot, name = key.partition(".")
-        if key == "rewards":
-            content[key] = value
+        if key == "rewards" or key in batch:
             continue
-        if not dot:  # what makes up a batch elsewhere is answered by the recipe, with the equivalent
-            section, name = places.get(key, "training" if key in BATCH_NAMES else ""), key
+        section, dot, name = key.partition(".")
+        if not dot:
+            section, name = places.get(key, ""), key
         if section not in sections or (dot and key not in all_setting_names() and key not in _ARGUMENTS):
             wrong.append(f"{key} is no setting; {_hint(key, sections, places)}")
             continue
