@@ -37,6 +37,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "optimizer": "write training.optim",
     "packing": "samples are always packed; how many tokens fit in a pack is training.token_budget",
     "padding_free": "samples are always packed, without padding",
+    "push_to_hub": "upload afterwards: finesight export --to hub --repo USER/NAME",
     "quantization_bit": "write model.load_in_4bit: true or model.load_in_8bit: true",
     "rank": "write tuning.r",
     "resume_from_checkpoint": "write training.resume",

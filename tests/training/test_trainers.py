@@ -221,7 +221,7 @@ def test_defaults_are_those_of_the_fields_where_a_class_cannot_be_built_again(tm
     ("change", "message"),
     [
         ({"use_vllm": True, "vllm_mode": "colocate"}, 'use_vllm=True, vllm_mode="colocate": vLLM runs only as a server'),
-        ({"push_to_hub": True}, "push_to_hub"),
+        ({"push_to_hub": True}, r"push_to_hub \(upload afterwards: finesight export --to hub"),
         ({"metric_for_best_model": "eval_accuracy"}, "metric_for_best_model"),
         ({"repetition_penalty": 1.2}, "no such setting here: repetition_penalty"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "a multiple of gradient_accumulation_steps"),
