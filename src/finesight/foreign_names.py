@@ -37,6 +37,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "optimizer": "write training.optim",
     "packing": "samples are always packed; how many tokens fit in a pack is training.token_budget",
     "padding_free": "samples are always packed, without padding",
+    "push_to_hub": "upload afterwards: finesight export --to hub --repo USER/NAME",
     "quantization_bit": "write model.load_in_4bit: true or model.load_in_8bit: true",
     "rank": "write tuning.r",
     "resume_from_checkpoint": "write training.resume",
@@ -57,3 +58,20 @@ FOREIGN_NAMES: dict[str, str] = {
 }
 # Names that elsewhere make up a step's batch together.
 BATCH_NAMES = ("per_device_train_batch_size", "batch_size", "gradient_accumulation_steps")
+# Arguments of other trainers that are objects, not settings -> what to do instead.
+FOREIGN_OBJECTS: dict[str, str] = {
+    "callbacks": "there are no callbacks; figures are written to metrics.jsonl as a run goes, and report_to names trackers",
+    "compute_loss_func": "the loss cannot be replaced; rewards of your own are reward_funcs of GRPOTrainer",
+    "compute_metrics": "name graders in the recipe's evaluation.tasks, or judge the trained model afterwards (finesight eval)",
+    "data_collator": "samples are packed, not collated; leave it out",
+    "formatting_func": "format the rows beforehand: train_dataset=[formatting_func(row) for row in rows], each with its `messages`",
+    "optimizer_cls_and_kwargs": "write optim and learning_rate",
+    "optimizers": "write optim, learning_rate and lr_scheduler_type",
+    "preprocess_logits_for_metrics": "there are no logits to hand out: only targets reach the vocabulary; leave it out",
+    "quantization_config": "write load_in_4bit=True or load_in_8bit=True",
+    "reward_funcs": "rewards are for GRPOTrainer",
+    "reward_processing_classes": "a reward model is a function of yours that calls it; put it in reward_funcs",
+    "rollout_func": "completions are sampled here; settings of sampling are those of the section rollout",
+    "tokenizer": "the tokenizer is read with the checkpoint; leave it out",
+    "tools": "completions call no tools here; leave it out",
+}

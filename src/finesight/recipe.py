@@ -209,15 +209,25 @@ class TrainingSettings(Settings):
 def _refuse_batch_names(section: Any) -> None:
     """Names of other trainers that make up a step are answered with the equivalent."""
     given = {name: section[name] for name in BATCH_NAMES if name in section} if isinstance(section, Mapping) else {}
-    if not given:
-        return
+    if given:
+        raise ValueError(answer_to_batch(given, "train_batch_size: "))
+
+
+def answer_to_batch(given: Mapping[str, Any], written: str) -> str:
+    """What to write in place of the batch sizes of other trainers.
+
+    Args:
+        written: how a value of the setting is begun: `train_batch_size: ` or `train_batch_size=`.
+    """
     try:
         batch = int(given.get("per_device_train_batch_size", given.get("batch_size")) or 1)
         accumulation = int(given.get("gradient_accumulation_steps") or 1)
-        equivalent = f"your batch of {batch} × {accumulation} is `train_batch_size: {batch * accumulation}` (times the number of GPUs, if there are several)"
+        equivalent = (
+            f"your batch of {batch} × {accumulation} is `{written}{batch * accumulation}` (times the number of GPUs, if there are several)"
+        )
     except (TypeError, ValueError):
         equivalent = "set training.train_batch_size"
-    raise ValueError(f"a step is a number of samples here: {equivalent}; remove {' and '.join(given)}")
+    return f"a step is a number of samples here: {equivalent}; remove {' and '.join(given)}"
 
 
 class TaskSettings(Settings):

@@ -287,13 +287,22 @@ class TestOfARecipe:
         rewards = load_rewards([RewardSettings(name="wrong_xyz.py:f")], base_dir=tmp_path)
         with pytest.raises(EvaluationError, match=r"takes 'solutoin'.*Did you mean 'solution'"):
             check_rewards(rewards, [row(0, solution="x")])
+        asks = function_reward(lambda completions, solution: [], name="asks")
+        with pytest.raises(EvaluationError) as raised:  # `completions` resembles it, but is taken already
+            check_rewards([asks], [row(0, ground_truth="x")])
+        told = str(raised.value)
+        assert (
+            "Did you mean" not in told
+            and "'solution' of a table is handed over if it stands in columns.extra" in told
+            and "ground_truth" in told
+        )
         with pytest.raises(EvaluationError, match="no further columns"):
             check_rewards(rewards, [row(0)])
         check_rewards(load_rewards([RewardSettings(name="anls")], base_dir=tmp_path), [row(0)])
         with pytest.raises(EvaluationError, match=r"row 4.*no box"):
             check_rewards(load_rewards([RewardSettings(name="iou")], base_dir=tmp_path), [row(3, "[1, 2, 3, 4]"), row(4)])
         for name, message in (
-            ("wrong_xyz.py:g", "without a name"), ("wrong_xyz.py", "one public function, it has f, g"), ("wrong_xyz:h", r"has no function 'h'.*h\(completions"),
+            ("wrong_xyz.py:g", "without a name"), ("wrong_xyz.py", "one public function, it has f, g"), ("wrong_xyz:h", r"has no function 'h'; it has f, g\. Define it as h\(completions"),
             ("anlz", "Did you mean 'anls'"), ("absent.py", "no file absent.py, neither beside the recipe nor in /"),
         ):  # fmt: skip
             with pytest.raises(EvaluationError, match=message):

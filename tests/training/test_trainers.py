@@ -18,7 +18,7 @@ from finesight.data.conversation import Conversation, Part, RowSource, Turn
 from finesight.errors import EvaluationError, RecipeError
 from finesight.grpo_settings import RewardSettings
 from finesight.models.load import load
-from finesight.training.trainers import GRPOTrainer
+from finesight.training.trainers import GRPOTrainer, SFTTrainer
 from tiny_runs import MAX_PIXELS, MIN_PIXELS
 
 QUICK = dict(
@@ -98,7 +98,7 @@ def test_a_loaded_model_and_conversations(checkpoint, tmp_path):
         loaded, lambda completions: [1.0] * len(completions), {**QUICK, "output_dir": str(tmp_path / "run"), "max_steps": 1},
         rows, processing_class=loaded.processor, console=Console(quiet=True),
     )  # fmt: skip
-    assert trainer.recipe.rewards[0].name == "reward"
+    assert trainer.recipe.rewards[0].name == "lambda"
     (line,) = [line for line in trainer.train().history if "reward" in line]
     assert line["frac_reward_zero_std"] == 1.0 and line["reward"] == 1.0
 
@@ -133,6 +133,7 @@ class GRPOConfig(TrainingArguments):
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
     use_vllm: bool = False
+    vllm_mode: str = "colocate"
     shuffle_dataset: bool = True
     vllm_importance_sampling_cap: float = 3.0
     learning_rate: float = 1e-6
@@ -166,9 +167,62 @@ def test_a_config_of_trl_becomes_settings(tmp_path):
     assert again.training.learning_rate == 5e-6  # what is given by name goes before
 
 
+@dataclass
+class HalfByDefaultConfig(GRPOConfig):
+    """As TRL's from 1.0 on: bfloat16 unless something else is said, which cannot be built everywhere."""
+
+    bf16: bool | None = None
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self):
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        super().__post_init__()
+        if self.bf16:
+            raise ValueError("Your setup doesn't support bf16/gpu. You need to assign use_cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_cpu": True},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"dataloader_persistent_workers": True, "dataloader_num_workers": 2, "dataloader_prefetch_factor": 2},
+        {"logging_nan_inf_filter": False, "log_level": "error", "run_name": "mine", "hub_model_id": "me/mine"},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, "save_steps": 10},
+        {"ddp_timeout": 60, "torch_compile_backend": "inductor", "tf32": False},
+    ],
+)
+def test_a_config_that_cannot_be_built_bare_is_taken_with_what_changes_no_training(tmp_path, change):
+    config = HalfByDefaultConfig(output_dir=str(tmp_path), max_steps=1, bf16=False, **change)
+    training = GRPOTrainer("model", "json", config, eval_dataset=[{}]).recipe.training
+    assert training.max_steps == 1 and training.num_workers == change.get("dataloader_num_workers", 0)
+    assert training.gradient_checkpointing == "auto"
+
+
+def test_defaults_are_those_of_the_fields_where_a_class_cannot_be_built_again(tmp_path):
+    @dataclass
+    class Once(GRPOConfig):
+        built = False
+
+        def __post_init__(self):
+            super().__post_init__()
+            if Once.built:
+                raise RuntimeError("only once")
+            Once.built = True
+
+    config = Once(output_dir=str(tmp_path), neftune_noise_alpha=5.0, use_cpu=True)
+    with pytest.raises(RecipeError, match=r"no such setting here: neftune_noise_alpha\. Leave it out of Once"):
+        GRPOTrainer("model", "json", config)
+    config.neftune_noise_alpha = None
+    assert GRPOTrainer("model", "json", config).recipe.training.train_batch_size == 8
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"use_vllm": True, "vllm_mode": "colocate"}, 'use_vllm=True, vllm_mode="colocate": vLLM runs only as a server'),
+        ({"push_to_hub": True}, r"push_to_hub \(upload afterwards: finesight export --to hub"),
+        ({"metric_for_best_model": "eval_accuracy"}, "metric_for_best_model"),
         ({"repetition_penalty": 1.2}, "no such setting here: repetition_penalty"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "a multiple of gradient_accumulation_steps"),
         ({"importance_sampling_level": "sequence"}, "gspo"),
@@ -187,7 +241,7 @@ def test_what_has_no_counterpart_is_refused(tmp_path, change, message):
         ({"reward_funcs": ["json"], "reward_weights": [1, 2]}, "2 reward_weights were given for 1"),
         ({"reward_weights": [1]}, "are of reward_funcs"),
         ({"reward_funcs": "json", "args": object()}, "must be a mapping"),
-        ({"reward_funcs": "json", "batch_size": 4}, "train_batch_size: 4"),
+        ({"reward_funcs": "json", "batch_size": 4}, "train_batch_size=4"),
         ({"reward_funcs": "json", "num_generation": 4}, "num_generations"),
         ({"reward_funcs": "json", "processing_class": object()}, "read with it"),
         ({"reward_funcs": "json", "peft_config": LoraConfig(target_modules=["q_proj"])}, "name all attention projections"),
@@ -198,6 +252,69 @@ def test_what_has_no_counterpart_is_refused(tmp_path, change, message):
 def test_wrong_arguments_say_what_to_change(arguments, message):
     with pytest.raises(RecipeError, match=message):
         GRPOTrainer("model", **arguments)
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """As the other, of supervised training."""
+
+    learning_rate: float = 2e-5
+    max_length: int | None = 1024
+    shuffle_dataset: bool = False
+    packing: bool = False
+    assistant_only_loss: bool = False
+    completion_only_loss: bool | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    loss_type: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.loss_type = self.loss_type or "chunked_nll"
+
+
+def test_a_config_of_supervised_training_becomes_settings_by_name_and_in_second_place(tmp_path):
+    config = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_length=2048, assistant_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True}, num_train_epochs=2, bf16=False, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    recipe = SFTTrainer("model", args=config, data_collator=None, callbacks=[], learning_rate=1e-3, processing_class=None).recipe
+    t = recipe.training
+    assert (t.train_batch_size, t.num_train_epochs, t.learning_rate, t.shuffle, t.output_dir) == (8, 2, 1e-3, True, str(tmp_path))
+    assert recipe.grpo is None and recipe.data.max_length_tokens == 2048
+    assert SFTTrainer("model", config).recipe.training.learning_rate == 2e-5
+    config.max_length = None
+    assert SFTTrainer("model", args=config).recipe.data.max_length_tokens is None
+    assert SFTTrainer("model", args=SFTConfig(output_dir=str(tmp_path))).recipe.data.max_length_tokens is None  # its default cuts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packing": True}, r"no such setting here: packing \(samples are always packed"),
+        ({"completion_only_loss": False}, "completion_only_loss"),
+        ({"loss_type": "dft"}, "loss_type"),
+    ],
+)
+def test_what_supervised_training_has_not_is_refused(tmp_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        SFTTrainer("model", args=SFTConfig(output_dir=str(tmp_path), **change))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"args": 3}, "a mapping of settings, or TRL's SFTConfig, not int"),
+        ({"processing_class": object()}, "read with it"),
+        ({"callbacks": [object()]}, "SFTTrainer: callbacks is not taken: .* metrics.jsonl"),
+        ({"data_collator": len}, "data_collator is not taken: samples are packed"),
+        ({"formatting_func": len}, "for row in rows"),
+        ({"optimizers": (object(), None)}, "write optim"),
+    ],
+)
+def test_objects_of_other_trainers_say_what_to_do(arguments, message):
+    with pytest.raises(RecipeError, match=message) as raised:
+        SFTTrainer("model", **arguments)
+    assert len(str(raised.value)) < 250
 
 
 def test_a_model_of_another_library_is_refused():

@@ -128,8 +128,9 @@ def check_rewards(rewards: Sequence[Reward], conversations: Sequence[Conversatio
                 reward.grader.check(conversation)
         for wanted in reward.takes:
             if _column_for(wanted, known) is None:
-                near = difflib.get_close_matches(wanted, known, n=1)
+                near = difflib.get_close_matches(wanted, [name for name in known if name not in reward.takes], n=1)
                 hint = f"Did you mean {near[0]!r}? " if near else ""
+                hint += f"A column {wanted!r} of a table is handed over if it stands in columns.extra. "
                 hint += f"The rows have: {', '.join(sorted(columns)) or 'no further columns'}; "
                 hint += f"without a column there are: {', '.join(_ALWAYS_THERE)}."
                 raise EvaluationError(f"Reward {reward.name!r} takes {wanted!r}, which is no column of the rows. {hint}")

@@ -34,15 +34,17 @@ def load_function(name: str, *, kind: str, signature: str, base_dir: Path) -> Ca
     if not colon:
         module_name, function_name = name, ""
     module = _import_module(module_name, f"{kind} {name!r}", base_dir)
+    public = {key: f for key, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and key[0] != "_"}
+    listed = ", ".join(public) or "none"
     if not function_name:
-        public = [f for key, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and key[0] != "_"]
         if len(public) != 1:
-            listed = ", ".join(f.__name__ for f in public) or "none"
             raise EvaluationError(f"{kind} {name!r}: the file must have one public function, it has {listed}. Name it: {name}:function.")
-        return public[0]
+        return next(iter(public.values()))
     found = getattr(module, function_name, None)
     if not callable(found):
-        raise EvaluationError(f"{kind} {name!r}: {module_name} has no function {function_name!r}. Define it as {function_name}{signature}.")
+        raise EvaluationError(
+            f"{kind} {name!r}: {module_name} has no function {function_name!r}; it has {listed}. Define it as {function_name}{signature}."
+        )
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,16 @@ from finesight.data.processor import Processor
 from finesight.data.tables import RowTable
 from finesight.data_settings import SourceSettings
 from finesight.errors import DataError, RecipeError
-from finesight.foreign_names import BATCH_NAMES, FOREIGN_NAMES
+from finesight.foreign_names import FOREIGN_OBJECTS
 from finesight.grpo_settings import RewardSettings
 from finesight.models.load import LoadedModel
 from finesight.recipe import Recipe
-from finesight.recipe_files import all_setting_names, parse_recipe
-from finesight.training.foreign_arguments import settings_of_arguments, settings_of_peft_config
+from finesight.recipe_files import parse_recipe
+from finesight.training.flat_settings import REINFORCEMENT, SUPERVISED, in_sections
+from finesight.training.foreign_arguments import is_foreign_config, settings_of_arguments, settings_of_peft_config
 from finesight.training.run import RunResult, run_recipe
 
 RewardFunction = Callable[..., Any]
-_SECTIONS = ("training", "tuning", "data", "model")
 
 
 class SFTTrainer:
@@ -38,21 +37,23 @@ class SFTTrainer:
 
     Args:
         model: a checkpoint (folder or hub name), or what :func:`finesight.load` gave. May be left out if the recipe names it.
-        processor: of a model that is loaded already; goes before its own.
+        processor: of a model that is loaded already; goes before its own. TRL's `SFTConfig` may stand in its place, as it does there.
         train_dataset: rows: dicts in any format that files may have, conversations, a `datasets.Dataset`, or a path.
             None: what the recipe names.
         eval_dataset: held-out rows, likewise; `eval_split` divides them off the others instead.
+        args: settings by their own names, as `settings`; or TRL's `SFTConfig`, whose batch sizes then make up `train_batch_size`.
+        processing_class: as `processor`.
         peft_config: a `peft.LoraConfig`, for settings of the section `tuning`.
         recipe: settings to start from.
         console: for progress; None: a new one on stdout.
         settings: any setting of the sections `training`, `tuning`, `data` and `model` by its own name (`learning_rate=…`, `r=…`,
-            `max_pixels=…`); these go before those of the recipe.
+            `max_pixels=…`); these go before those of `args`, and `args` before those of the recipe.
 
     Raises:
         RecipeError: a setting is unknown or does not fit.
     """
 
-    sections: tuple[str, ...] = _SECTIONS  # whose settings are taken by their own names; of two with one name, the first
+    sections: tuple[str, ...] = SUPERVISED  # whose settings are taken by their own names; of two with one name, the first
 
     def __init__(
         self,
@@ -61,11 +62,17 @@ class SFTTrainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
+        args: Any = None,
+        processing_class: Any = None,
         peft_config: Any = None,
         recipe: Recipe | None = None,
         console: Console | None = None,
         **settings: Any,
     ) -> None:
+        if args is None and is_foreign_config(processor):
+            args, processor = processor, None
+        processor = processing_class if processor is None else processor
+        settings = self._without_objects({**settings_of_arguments(args, reinforcement=False), **settings})
         if model is not None and not isinstance(model, (str, Path, LoadedModel)):
             raise RecipeError(
                 f"{self._name}: model is a {type(model).__name__}; give the folder or name of a checkpoint, or what finesight.load(…) gave for it"
@@ -157,21 +164,19 @@ class SFTTrainer:
         source = like.model_copy(update={"path": name})
         return read_source(source, data=data, base_dir=Path.cwd(), table=table, require_answer=answers)
 
+    def _without_objects(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings without what is an object in other trainers, and may be given as None."""
+        for key in FOREIGN_OBJECTS.keys() & settings.keys():
+            value = settings[key]
+            if value is not None and not (isinstance(value, (tuple, list)) and all(one is None for one in value)):
+                raise RecipeError(f"{self._name}: {key} is not taken: {FOREIGN_OBJECTS[key]}")
+        return {key: value for key, value in settings.items() if key not in FOREIGN_OBJECTS}
+
     def _recipe_with(self, recipe: Recipe | None, name: str | None, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with flat settings put into their sections."""
         content: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True) if recipe is not None else {}
-        places: dict[str, str] = {"train": "data"}
-        for section in self.sections:
-            own = [path.split(".")[1] for path in all_setting_names() if path.count(".") == 1 and path.startswith(f"{section}.")]
-            places |= {key: section for key in own if key not in places and key not in BATCH_NAMES}
-        for key, value in settings.items():
-            if key == "rewards":
-                content[key] = value
-                continue
-            known_elsewhere = key in FOREIGN_NAMES or key in BATCH_NAMES  # a recipe says what to write instead
-            if key not in places and not known_elsewhere and (near := difflib.get_close_matches(key, places, n=1)):
-                raise RecipeError(f"{self._name}: {key} is no setting; did you mean {near[0]!r}?")
-            content.setdefault(places.get(key, "training"), {})[key] = str(value) if isinstance(value, Path) else value
+        for section, values in in_sections(settings, self.sections, self._name).items():
+            content[section] = {**(content.get(section) or {}), **values} if isinstance(values, dict) else values
         if name is not None:
             content.setdefault("model", {})["name_or_path"] = name
         return parse_recipe(content, origin=self._name)
@@ -211,7 +216,7 @@ class GRPOTrainer(SFTTrainer):
         RecipeError: a setting is unknown or does not fit.
     """
 
-    sections = ("training", "grpo", "rollout", "tuning", "data", "model")
+    sections = REINFORCEMENT
 
     def __init__(
         self,
@@ -227,7 +232,7 @@ class GRPOTrainer(SFTTrainer):
         console: Console | None = None,
         **settings: Any,
     ) -> None:
-        settings = {**settings_of_arguments(args), **settings}
+        settings = {**settings_of_arguments(args, reinforcement=True), **settings}
         weights = settings.pop("reward_weights", None)
         self._functions: dict[str, RewardFunction] = {}
         if reward_funcs is not None:
@@ -278,5 +283,5 @@ class GRPOTrainer(SFTTrainer):
 def _name_of(function: RewardFunction, taken: set[str]) -> str:
     """The name of a function in the recipe and in figures, with a number where two have the same."""
     name = str(getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", None) or type(function).__name__)
-    name = "reward" if name == "<lambda>" else name
+    name = "lambda" if name == "<lambda>" else name
     return next(option for option in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if option not in taken)
