@@ -105,8 +105,7 @@ def export(
         ModelError: base or adapter cannot be read.
     """
     output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
+    check_output(output)
     trained = model.adapter if model.adapter is not None else model.name_or_path
     metadata = read_metadata(trained)
     known = _as_trained(model, metadata, settings)
@@ -130,6 +129,16 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Export(output, settings.to, held, merged, metadata, tuple(notes))
+
+
+def check_output(output: Path) -> None:
+    """Refuses what an export would replace.
+
+    Raises:
+        ExportError: the folder is not empty, or a file.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
 
 
 def _as_trained(model: ModelSettings, metadata: AdapterMetadata | None, settings: ExportSettings) -> ModelSettings:
