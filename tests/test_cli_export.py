@@ -69,6 +69,9 @@ def test_merged_from_a_run(trained: Path, call: Call, tmp_path: Path) -> None:
     )
     assert "Of the adapter's update 100.0% arrived" in err
     load_model(ModelSettings(name_or_path=str(tmp_path / "out")), device="cpu")
+    files = [*(tmp_path / "out").iterdir(), *(trained / "runs" / "first" / "adapter").iterdir()]
+    (tmp_path / "usual").touch()
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "usual").stat().st_mode}
     assert not (tmp_path / "out" / "manifest.json").exists()  # nobody wrote one for these files
 
 

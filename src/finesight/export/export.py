@@ -20,6 +20,7 @@ from finesight.export.four_bit import FOUR_BIT, quantization_config
 from finesight.export.merge import Merged, Merger, MergeSettings, Rounding, tensor_differences, write_merged
 from finesight.export.stored import StoredCheckpoint, empty_model
 from finesight.export.verify import BOUNDS, Agreement, Witness, agreement, drawn_prompts, witness
+from finesight.file_modes import give_usual_mode
 from finesight.models.adapter_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS, METADATA, AdapterMetadata, checked_folder, read_metadata
 from finesight.models.load import load_model
 from finesight.models.quantize import Scheme
@@ -123,6 +124,7 @@ def export(
                 f"The export does not answer as what was trained: {held}. {where()} Nothing is left at {output}. If this is as near as the "
                 f"precision comes, choose --dtype float32, or allow more with --bound (in nats)."
             )
+        give_usual_mode(partial)
         if output.exists():
             output.rmdir()
         partial.rename(output)
