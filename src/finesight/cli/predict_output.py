@@ -115,7 +115,9 @@ def check_free(output: Path | None, conversations: Sequence[Conversation]) -> No
     except (OSError, TypeError, KeyError, ValueError):
         answered = set()
     what = f"answers all of this already ({counted(len(asked), 'question')})" if asked == answered else "holds something else"
-    raise DataError(f"{output} is there and {what}. Add --overwrite to replace it once all is answered, or give another file with --output.")
+    raise DataError(
+        f"{output} is there and {what}. Add --overwrite to replace it once all is answered, or give another file with --output."
+    )
 
 
 @contextmanager

@@ -291,7 +291,11 @@ def _prepared(path: str) -> bool:
 
 def _not_loaded(label: str, on_hub: bool, split: Any, name: Any, reason: str) -> DataError:
     of_part = f"(split {split!r}, name {name!r})"
-    what = f"There is no file or folder {label} here, and as a data set of the hub {of_part} it" if on_hub else f"{label}, a data set {of_part},"
+    what = (
+        f"There is no file or folder {label} here, and as a data set of the hub {of_part} it"
+        if on_hub
+        else f"{label}, a data set {of_part},"
+    )
     return DataError(
         f"{what} cannot be loaded: {reason}. Check path or name, split and configuration; for a mirror of the hub set HF_ENDPOINT"
     )

@@ -129,7 +129,9 @@ def check_schema(schema: Mapping[str, Any]) -> None:
 
 def _unusable(fault: str) -> str:
     line = _first_line(fault)
-    return f"The JSON schema cannot be used: {line}{'; answers cannot be held to these, remove them' if 'Unimplemented keys' in line else ''}."
+    return (
+        f"The JSON schema cannot be used: {line}{'; answers cannot be held to these, remove them' if 'Unimplemented keys' in line else ''}."
+    )
 
 
 def _library_grammar(schema: Mapping[str, Any]) -> str:
