@@ -506,6 +506,12 @@ class TestOthers:
         ran = run(command, "--help")
         assert ran.status == 0 and len(ran.out) > 100
 
+    @pytest.mark.parametrize("command", ["predict", "chat", "serve"])
+    def test_names_of_options_are_whole_at_80_columns(self, run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        help_text = run(command, "--help").out
+        assert "--max-completion-length" in help_text and "\u2026 " not in help_text
+
     def test_python_dash_m(self) -> None:
         import subprocess
         import sys
