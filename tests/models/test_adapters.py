@@ -284,7 +284,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         load_adapter(tiny_model("qwen3_vl_moe"), folder)  # no MLP projections there
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
-    with pytest.raises(ModelError, match="does not fit"):
+    with pytest.raises(ModelError, match="does not fit this model: size mismatch"):
         load_adapter(tiny_model("qwen3_vl"), folder)
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
     with pytest.raises(ModelError, match="without a place"):

@@ -168,5 +168,6 @@ def _check_tensors(model: PeftModel, folder: Path, name: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    said = more[0].strip() if first.endswith(":") and more else first  # torch heads a list of what differs
+    return said.rstrip(".") + "."
