@@ -448,7 +448,7 @@ class TestPredictWithDamagedImages:
 
     def test_an_error_keeps_what_was_answered_and_what_was_there(self, run: Run, common: tuple[object, ...]) -> None:
         Path("a.jsonl").write_text("earlier\n", encoding="utf-8")
-        ran = run(*common)
+        ran = run(*common, "--overwrite")
         assert ran.status == 2
         assert "data/images, row 3" in ran.err and "3.png cannot be decoded" in ran.err and "add --on-bad-row skip" in ran.err
         assert "3 answers so far: a.jsonl.partial" in ran.err
@@ -457,7 +457,7 @@ class TestPredictWithDamagedImages:
 
     def test_skip_leaves_it_out_and_says_so(self, run: Run, common: tuple[object, ...]) -> None:
         Path("a.jsonl").write_text("earlier\n", encoding="utf-8")
-        ran = run(*common, "--on-bad-row", "skip")
+        ran = run(*common, "--on-bad-row", "skip", "--overwrite")
         assert ran.status == 0, ran.err
         assert "Left out 1 of 8 rows" in ran.err and "data/images, row 3" in ran.err and "a.jsonl was there and is replaced" in ran.err
         assert [Path(record["images"][0]).stem for record in answers(Path("a.jsonl"))] == ["0", "1", "2", "4", "5", "6", "7"]
@@ -505,6 +505,12 @@ class TestOthers:
     def test_every_command_has_help(self, run: Run, command: str) -> None:
         ran = run(command, "--help")
         assert ran.status == 0 and len(ran.out) > 100
+
+    @pytest.mark.parametrize("command", ["predict", "chat", "serve"])
+    def test_names_of_options_are_whole_at_80_columns(self, run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        help_text = run(command, "--help").out
+        assert "--max-completion-length" in help_text and "\u2026 " not in help_text
 
     def test_python_dash_m(self) -> None:
         import subprocess

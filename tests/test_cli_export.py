@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftConfig
+from rich.console import Console
 from safetensors.torch import load_file
 
 from finesight.cli import main
+from finesight.cli.export import rows_of_run
 from finesight.models.load import load_model
 from finesight.recipe import ModelSettings
+from finesight.recipe_files import dump_recipe
 from finesight.training.run import train
 from tiny import tiny_checkpoint
 from tiny_adapters import make_adapter
@@ -45,6 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps with a checkpoint after each; never changed by a test."""
     folder = tmp_path_factory.mktemp("trained")
     checkpoint = tiny_checkpoint(folder / "base", "qwen3_vl")
+    (checkpoint / "manifest.json").write_text('{"format": 1, "files": {}}')  # as a fully tuned base of ours has one
     rows = write_rows(folder / "data")
     train(
         tiny_recipe(
@@ -59,13 +64,38 @@ def test_merged_from_a_run(trained: Path, call: Call, tmp_path: Path) -> None:
     assert status == 0, err
     assert (
         out.strip() == str(tmp_path / "out")
-        and "Verified on 3 rows of the run's data." in err
+        and "Verified on 3 rows of the run's data: log-probabilities" in err
         and "3 of 3 greedy answers are the same" in err
     )
     assert "Of the adapter's update 100.0% arrived" in err
     load_model(ModelSettings(name_or_path=str(tmp_path / "out")), device="cpu")
+    files = [*(tmp_path / "out").iterdir(), *(trained / "runs" / "first" / "adapter").iterdir()]
+    (tmp_path / "usual").touch()
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "usual").stat().st_mode}
+    assert not (tmp_path / "out" / "manifest.json").exists()  # nobody wrote one for these files
+
+
+def test_an_existing_folder_is_refused_before_anything_is_loaded(trained: Path, call: Call, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("")
+    monkeypatch.setattr("finesight.export.export.load_model", lambda *_, **__: pytest.fail("loaded"))
     status, _, err = call("export", trained / "runs" / "first", "--to", "merged", "-o", tmp_path / "out")
-    assert status == 2 and "exists already" in err
+    assert status == 2 and "exists already" in err and "Verified" not in err
+
+
+def test_rows_without_answers_are_asked(trained: Path, tmp_path: Path) -> None:
+    """Those of reinforcement; where no row has an image it is said."""
+    said = StringIO()
+    rows = [json.loads(line) for line in (trained / "data" / "rows.jsonl").read_text().splitlines()]
+    for name, kept in (("prompts", rows[:4]), ("texts", rows[-1:])):
+        data = trained / "data" / f"{name}.jsonl"
+        data.write_text("".join(json.dumps({"messages": row["messages"][:-1]}) + "\n" for row in kept))
+        (tmp_path / name).mkdir()
+        recipe = tiny_recipe(trained / "base", data, tmp_path / name)
+        (tmp_path / name / "recipe.yaml").write_text(dump_recipe(recipe))
+    asked = rows_of_run(tmp_path / "prompts", tmp_path / "prompts", 3, Console(file=said))
+    assert len(asked) == 3 and all(row.answer is None for row in asked) and not said.getvalue()
+    assert not rows_of_run(tmp_path / "texts", tmp_path / "texts", 3, Console(file=said)) and "has an image" in said.getvalue()
 
 
 def test_adapter_where_the_data_is_gone(trained: Path, call: Call, tmp_path: Path) -> None:
@@ -74,7 +104,7 @@ def test_adapter_where_the_data_is_gone(trained: Path, call: Call, tmp_path: Pat
     text = (run / "recipe.yaml").read_text().replace(str(trained / "data"), str(tmp_path / "nowhere"))
     (run / "recipe.yaml").write_text(text)
     status, _, err = call("export", run / "adapter", "--to", "adapter", "--prompts", 1, "-o", tmp_path / "out")
-    assert status == 0 and "the run's data cannot be read from here" in err and "Verified on drawn images." in err
+    assert status == 0 and "the run's data cannot be read from here" in err and "Verified on drawn images: " in err
     assert PeftConfig.from_pretrained(str(tmp_path / "out")).r == 4
 
 

@@ -162,6 +162,9 @@ class TestRun:
         assert [stage["seconds"] >= 0 for stage in summary["stages"]] == [True] * 7
         assert Path(summary["adapter"]) == ran.second.adapter_dir and (ran.second.adapter_dir / "adapter_model.safetensors").is_file()
 
+    def test_what_is_printed_names_stages_in_words(self, ran: Ran) -> None:
+        assert "after reinforcement" in ran.second_text and "after_rewards" not in ran.second_text
+
     def test_figures_are_those_measured(self, ran: Ran, summary: dict[str, Any]) -> None:
         before, after = read_result(ran.folder / "before"), read_result(ran.folder / "after")
         assert {task["task"]: task["kind"] for task in summary["tasks"]} == {

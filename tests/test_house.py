@@ -31,12 +31,12 @@ LAYERS: list[tuple[str, ...]] = [
     ("recipe_files",),
     ("families", "recipe"),
     ("data_settings", "grpo_settings", "hub"),
-    ("allocator", "errors", "foreign_names", "library_noise", "settings", "wording"),
+    ("allocator", "errors", "file_modes", "foreign_names", "library_noise", "settings", "wording"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Modules that must stay importable without torch, and therefore everything that they import.
 TORCH_FREE = (
-    "__init__", "__main__", "allocator", "errors", "foreign_names", "hub", "library_noise", "settings", "wording", "data_settings", "grpo_settings", "families", "recipe", "recipe_files", "geometry",
+    "__init__", "__main__", "allocator", "errors", "file_modes", "foreign_names", "hub", "library_noise", "settings", "wording", "data_settings", "grpo_settings", "families", "recipe", "recipe_files", "geometry",
     "data.conversation", "data.formats", "data.media", "data.video", "data.processor", "data.rendering", "data.visual", "data.encode",
     "data.sample", "data.split", "data.pack", "data.steps", "data.groups", "data.group_cost", "data.audit", "data.audit_settings",
     "tasks.graders", "tasks.metrics", "tasks.rewards", "models.adapter_metadata", "models.tuning_notes", "training.telemetry", "training.prepare", "training.run_sizes", "training.run_folder",

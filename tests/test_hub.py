@@ -15,7 +15,8 @@ import pytest
 from huggingface_hub import constants
 
 from finesight.data.processor import checkpoint_folder, load_processor
-from finesight.errors import ModelError
+from finesight.data.tables import open_table
+from finesight.errors import DataError, ModelError
 from finesight.hub import cached_checkpoint, why_unreachable
 from tiny import tiny_checkpoint
 
@@ -131,3 +132,10 @@ def test_a_hub_that_was_forbidden_is_not_asked(hub: str, monkeypatch: pytest.Mon
         with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE .* forbids"):
             checkpoint_folder("Qwen/other")
     assert not caplog.records  # as was asked for
+
+
+def test_a_mistyped_file_is_told_at_once(tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    with pytest.raises(DataError, match=r"There is no file or folder nothere here, and .* cannot be reached"):
+        open_table("nothere", base_dir=tmp_path)
+    assert time.perf_counter() - begin < 3

@@ -167,6 +167,19 @@ def test_two_runs_do_not_write_one_file(arguments, predict):
     assert status == 2 and "Another process is writing a.jsonl.partial" in said
 
 
+def test_answers_are_not_replaced_unless_told_to(arguments, predict):
+    assert predict(*arguments)[0] == 0
+    answered = lines("a.jsonl")
+    status, said = predict(*arguments)
+    assert status == 2 and "a.jsonl is there and answers all of this already (20 questions)" in said and "--overwrite" in said
+    other = ["predict", "data/images", "-q", "how many?", *arguments[2:]]
+    status, said = predict(*other)
+    assert status == 2 and "a.jsonl is there and holds something else" in said and "Loading" not in said
+    assert lines("a.jsonl") == answered
+    status, said = predict(*other, "--overwrite")
+    assert status == 0 and len(lines("a.jsonl")) == 10
+
+
 def test_an_address_is_no_input(arguments, predict):
     status, said = predict("predict", "http://127.0.0.1/x.png", *arguments[2:], "-q", "what is it?")
     assert status == 2 and "http://127.0.0.1/x.png is an address" in said and "--allow-urls" in said and "Loading" not in said
@@ -184,7 +197,7 @@ def test_answers_in_a_schema(arguments, predict):
     assert status == 0 and "cut off" not in said
     for line in lines("a.jsonl"):
         Draft202012Validator(schema).validate(json.loads(json.loads(line)["answer"]))
-    status, said = predict(*arguments, "--schema", "schema.json", "--max-completion-length", "2")
+    status, said = predict(*arguments, "--schema", "schema.json", "--max-completion-length", "2", "--overwrite")
     assert status == 0 and "20 answers were cut off at 2 tokens" in said
     for text, message in (("{", "schema.json is not JSON"), ('{"not": {}}', "Unimplemented keys")):
         Path("schema.json").write_text(text)

@@ -294,7 +294,7 @@ class TestHubs:
     def test_huggingface_offline(self, tmp_path: Path) -> None:
         with pytest.raises(
             DataError,
-            match=r"somebody/some-charts cannot be loaded as a data set.*no file or folder somebody/some-charts here.*HF_ENDPOINT",
+            match=r"no file or folder somebody/some-charts here, and as a data set of the hub.*cannot be loaded: HF_HUB_OFFLINE.*HF_ENDPOINT",
         ):
             read(tmp_path, "somebody/some-charts")
 

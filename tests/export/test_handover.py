@@ -69,10 +69,10 @@ class TestGGUF:
 def test_an_export_in_4_bits_says_what_its_figures_mean(tmp_path: Path) -> None:
     merged = Merged(tmp_path, (Survival("x", 1.68, 135.4**2, 1.0),), 10, 1)
     parted = Agreement(bound=2.0, largest=0.24, mean=0.13, num_tokens=72, num_answers=3, same_answers=0, widest_parting=0.05)
-    said = "\n".join(report_lines(Export(tmp_path, "merged-4bit", parted, merged)))
+    said = "\n".join(report_lines(Export(tmp_path, "merged-4bit", parted, merged), "3 rows"))
     assert "prefers its own token to the trained one's by at most 0.05 nats (bound 4)" in said
     assert "135.4 times as much as the adapter" in said and "%" not in said
-    said = "\n".join(report_lines(Export(tmp_path, "merged", HELD, merged)))
+    said = "\n".join(report_lines(Export(tmp_path, "merged", HELD, merged), "3 rows"))
     assert "part, the" not in said and "168.0% arrived" in said
 
 

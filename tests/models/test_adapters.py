@@ -14,6 +14,7 @@ import transformers
 from finesight.data_settings import DataSettings
 from finesight.errors import ModelError
 from finesight.families import FAMILIES as TABLE
+from finesight.models.adapter_files import adapter_weights
 from finesight.models.adapters import (
     AdapterMetadata,
     apply_tuning,
@@ -251,6 +252,26 @@ def test_going_on_from_an_adapter_keeps_its_settings(tmp_path):
     assert count_parameters(again).trainable == count_parameters(model).trainable
 
 
+def test_an_adapter_on_a_base_of_another_size_names_both(tmp_path):
+    """Before anything of it is put onto the base."""
+    model = apply_tuning(tiny_model("qwen3_vl"), TuningSettings(r=4), TABLE["qwen3_vl"], seed=0)
+    weights = {name: torch.cat([tensor, tensor], -1) if ".lora_A." in name else tensor for name, tensor in adapter_weights(model).items()}
+    folder = save_adapter(model, tmp_path / "adapter", _metadata(), weights)
+    base = tiny_model("qwen3_vl")
+    base.name_or_path = "Qwen/Other"
+    with pytest.raises(ModelError, match=r"in_features here and .* names the base Qwen/Example; the one given is Qwen/Other\. Give"):
+        load_adapter(base, folder)
+    assert not any(".lora_" in name for name, _ in base.named_parameters())
+
+
+def test_a_truncated_adapter_is_damaged(tmp_path):
+    model = apply_tuning(tiny_model("qwen3_vl"), TuningSettings(r=4), TABLE["qwen3_vl"], seed=0)
+    file = save_adapter(model, tmp_path / "adapter", _metadata()) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is damaged"):
+        load_adapter(tiny_model("qwen3_vl"), file.parent)
+
+
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     model = apply_tuning(tiny_model("qwen3_vl"), TuningSettings(r=4), TABLE["qwen3_vl"], seed=0)
     folder = save_adapter(model, tmp_path / "adapter", _metadata())
@@ -263,7 +284,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         load_adapter(tiny_model("qwen3_vl_moe"), folder)  # no MLP projections there
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
-    with pytest.raises(ModelError, match="does not fit"):
+    with pytest.raises(ModelError, match="does not fit this model: size mismatch"):
         load_adapter(tiny_model("qwen3_vl"), folder)
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
     with pytest.raises(ModelError, match="without a place"):

@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from finesight.data.fetch import fetch_public
-from finesight.errors import MediaError
+from finesight.errors import MediaError, ModelError
+from finesight.recipe import ModelSettings
+from finesight.serve.models import ModelShelf
 from serve.conftest import data_url, png
 
 # Greedy, the tiny model repeats itself and never ends its turn.
@@ -46,8 +48,8 @@ def error_of(response: httpx.Response) -> dict:
     ("change", "param"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}]}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content"),
@@ -69,8 +71,8 @@ def error_of(response: httpx.Response) -> dict:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}}, "response_format.json_schema.name"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]}, "messages.0.content.0.image_url.url"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 5}}]}]}, "messages[0].content[0].image_url.url"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"best_of": 3}, "best_of"),
@@ -83,6 +85,20 @@ def test_what_cannot_be_answered_is_refused_with_its_field(server, change, param
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stop": ["a", "b", "c", "d", "e"]}, "at most 4 items"),
+        ({"max_token": 3}, "max_token: This server knows no such field; did you mean max_tokens?"),
+        ({"zebra": 3}, "zebra: This server knows no such field; leave it out."),
+        ({"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages[0].nam: This server knows no such field; did you mean name?"),
+        ({"max_tokens": 100_000}, "--max-length-tokens"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_it(server, change, said):
+    assert said in error_of(post(server, {**HELLO, **change}))["message"]
 
 
 def test_a_body_that_is_not_json(server):
@@ -376,3 +392,8 @@ def test_the_pixels_of_a_request_are_limited(server, monkeypatch):
     assert post(server, images(data_url(), data_url(png(2)))).status_code == 200
     refused = post(server, images(data_url(), data_url(png(2)), data_url(png(3))))
     assert refused.status_code == 400 and error_of(refused)["param"] == "messages[0].content[2]"
+
+
+def test_two_models_of_one_name(folders):
+    with pytest.raises(ModelError, match=r"both called base.*--name.*NAME=folder"):
+        ModelShelf(ModelSettings(name_or_path=str(folders["base"])), {"base": folders["base"]}, name="base", device="cpu")

@@ -142,6 +142,13 @@ def test_schemas_that_answers_cannot_be_held_to(client, schema):
     assert caught.value.param == "response_format" and caught.value.code == "invalid_json_schema" and "root:" not in str(caught.value)
 
 
+def test_keys_that_nothing_can_be_held_to_are_to_be_removed(client):
+    with pytest.raises(openai.BadRequestError, match=r"uniqueItems.*remove them"):
+        client.chat.completions.create(
+            model="tiny", messages=HELLO, response_format=form("a", {"type": "array", "uniqueItems": True}), max_tokens=4
+        )
+
+
 def test_a_schema_fetches_nothing(client):
     with Listener() as listener:
         for address in (f"http://127.0.0.1:{listener.port}/a.json", f"http://localhost:{listener.port}/#/x"):

@@ -18,7 +18,7 @@ from finesight.data.tables import open_table
 from finesight.errors import ExportError, FinesightError
 from finesight.export.card import README, base_licence, model_card, read_run_facts
 from finesight.export.companions import local_checkpoint
-from finesight.export.export import Export, ExportSettings, Kind, export
+from finesight.export.export import Export, ExportSettings, Kind, check_output, export
 from finesight.export.gguf import convert, find_converter
 from finesight.export.hub import check_repo, upload
 from finesight.export.merge import Merged
@@ -74,7 +74,6 @@ def export_to(
     kind: Kind = handover.content if target == "hub" else "merged" if target == "gguf" else target
     _check_target(target, output, handover)
     asked = [] if drawn else rows_of_run(run, weights, prompts, console)
-    _say(console, f"Verified on {counted(len(asked), 'row')} of the run's data." if asked else "Verified on drawn images.")
     base = model_settings(model, weights, unquantized=True)  # export brings it to what the adapter knew by itself
     folder = output / MERGED if target == "gguf" else output
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +88,8 @@ def export_to(
             device=device,
             on_progress=lambda at, of: report("tensors", at, of),
         )
-    for line in report_lines(done):
+    asked_about = f"{counted(len(asked), 'row')} of the run's data" if asked else "drawn images"
+    for line in report_lines(done, asked_about):
         _say(console, line)
     if target == "gguf":
         convert(folder, output, run.absolute().name, settings.dtype, handover.llama_cpp, lambda text: _say(console, text))
@@ -110,8 +110,7 @@ def _check_target(target: Target, output: Path, handover: Handover) -> None:
         check_repo(handover.repo)
     if target == "gguf":
         find_converter(handover.llama_cpp)
-        if output.is_dir() and any(output.iterdir()):
-            raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
+    check_output(output)
 
 
 def rows_of_run(run: Path, weights: Path, count: int, console: Console) -> list[Conversation]:
@@ -120,10 +119,13 @@ def rows_of_run(run: Path, weights: Path, count: int, console: Console) -> list[
     if recipe is None:
         return []
     try:
-        return _first_rows(load_recipe(recipe), count)
+        found = _first_rows(load_recipe(recipe), count)
     except (FinesightError, OSError) as error:
         _say(console, f"Note: the run's data cannot be read from here ({str(error).splitlines()[0]}).")
         return []
+    if not found:
+        _say(console, "Note: none of the first rows of the run's data has an image.")
+    return found
 
 
 def _first_rows(recipe: Recipe, count: int) -> list[Conversation]:
@@ -131,19 +133,20 @@ def _first_rows(recipe: Recipe, count: int) -> list[Conversation]:
     for source in recipe.data.train:
         here = Path.cwd()
         if Path(source.path).is_dir():  # its description may name several files
-            result = read_source(source, data=recipe.data, base_dir=here)
+            result = read_source(source, data=recipe.data, base_dir=here, require_answer=False)
         else:
             table = open_table(source.path, base_dir=here, hub=source.hub, split=source.split, name=source.name)
-            result = read_source(source, data=recipe.data, base_dir=here, table=replace(table, rows=islice(table.rows, _ROWS_LOOKED_AT)))
+            table = replace(table, rows=islice(table.rows, _ROWS_LOOKED_AT))
+            result = read_source(source, data=recipe.data, base_dir=here, require_answer=False, table=table)  # prompts alone will do
         found += [conversation for conversation in result.conversations if conversation.media]
         if len(found) >= count:
             break
     return found[:count]
 
 
-def report_lines(done: Export) -> Sequence[str]:
-    """What a user should know of an export."""
-    lines = [f"Verified: {done.agreement}."]
+def report_lines(done: Export, asked_about: str) -> Sequence[str]:
+    """What a user should know of an export, `asked_about` being what the models were asked about."""
+    lines = [f"Verified on {asked_about}: {done.agreement}."]
     if done.merged is not None:
         files = f"{done.merged.num_shards} file{'s' if done.merged.num_shards > 1 else ''}"
         lines.insert(0, f"Written: {done.merged.num_bytes / 2**30:.3g} GiB in {files}.")

@@ -50,7 +50,10 @@ class PixelLimits:
 class Precision:
     """Of the weights, by the names of a recipe's `model` section; without any of the bits named those that an adapter was trained over."""
 
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Precision of the base weights.")] = "auto"
+    dtype: Annotated[  # metavar: with all four in it the names of options are cut at 80 columns
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Precision of the base weights: auto, bfloat16, float16 or float32.", metavar="<dtype>"),
+    ] = "auto"
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Language model in 4 bits; needs bitsandbytes.")] = False
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Language model in 8-bit integers.")] = False
     load_in_fp8: Annotated[bool, typer.Option("--load-in-fp8", help="Language model in 8-bit float, on Hopper and newer.")] = False

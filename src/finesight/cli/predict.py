@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from finesight.cli.flags import in_flags
-from finesight.cli.predict_output import dependencies, opened
+from finesight.cli.predict_output import check_free, dependencies, opened
 from finesight.cli.progress import task_progress
 from finesight.data.conversation import Conversation, MediaRef, Part, RowSource, Turn
 from finesight.data.encode import Encoder
@@ -188,12 +188,13 @@ def predict_to(
     data: DataSettings,
     source: SourceSettings,
     schema: Path | None = None,
+    overwrite: bool = False,
     console: Console,
 ) -> int:
     """Answers everything, one JSON object a line; returns how many answers there are.
 
     Args:
-        output: file to write, which appears or is replaced once all is answered; None: stdout. What a run that was stopped has
+        output: file to write, which appears (or with `overwrite` is replaced) once all is answered; None: stdout. What a run that was stopped has
             answered is not answered again.
         data: what goes before the pixel limits and frame sampling that an adapter was trained with.
         source: how data files are read, and the system prompt that goes before the adapter's.
@@ -210,6 +211,8 @@ def predict_to(
         source = source if source.system else source.model_copy(update={"system": trained.system})
     form = None if schema is None else _schema(schema)
     conversations = read_inputs(paths, question, data=data, source=source, console=console)
+    if not overwrite:
+        check_free(output, conversations)
     console.print(f"Loading {model.name_or_path}{f' with {model.adapter}' if model.adapter else ''}", markup=False, highlight=False)
     loaded = load_model(model, data=data)
     seen = data if trained is None else restore_data_settings(model.adapter or model.name_or_path, data)[0]

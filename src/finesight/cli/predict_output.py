@@ -23,6 +23,7 @@ from rich.console import Console
 from finesight.data.conversation import Conversation, MediaRef
 from finesight.data_settings import DataSettings
 from finesight.errors import BadRow, DataError
+from finesight.evaluation.results import prompt_text
 from finesight.recipe import ModelSettings
 from finesight.sampling.types import SamplingSettings
 from finesight.wording import counted
@@ -97,6 +98,26 @@ def _media(ref: MediaRef | None) -> Any:
     if ref.frames is not None:
         return [_media(frame) for frame in ref.frames]
     return ref.url or hashlib.sha256(ref.data or (ref.image.tobytes() if ref.image is not None else b"")).hexdigest()
+
+
+def check_free(output: Path | None, conversations: Sequence[Conversation]) -> None:
+    """Refuses to replace answers.
+
+    Raises:
+        DataError: there is such a file; the message says whether it answers these conversations.
+    """
+    if output is None or not output.is_file():
+        return
+    asked = {(where.file, where.row, prompt_text(c)) for c in conversations if (where := c.source)}
+    try:
+        records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        answered = {(record["file"], record["row"], record["question"]) for record in records}
+    except (OSError, TypeError, KeyError, ValueError):
+        answered = set()
+    what = f"answers all of this already ({counted(len(asked), 'question')})" if asked == answered else "holds something else"
+    raise DataError(
+        f"{output} is there and {what}. Add --overwrite to replace it once all is answered, or give another file with --output."
+    )
 
 
 @contextmanager

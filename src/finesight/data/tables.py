@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from finesight.data.media_policy import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from finesight.errors import DataError
+from finesight.hub import why_unreachable
 
 Row = dict[str, Any]
 
@@ -272,7 +273,32 @@ def _open_folder(path: Path, label: str, split: str, name: str | None) -> RowTab
 def _open_hub(path: str, hub: str, split: str, name: str | None) -> RowTable:
     if hub == "modelscope":
         return _open_modelscope(path, split, name)
+    unreachable = None if _prepared(path) else why_unreachable()
+    if unreachable is not None:  # the library would try again for half a minute
+        raise _not_loaded(path, True, split, name, unreachable)
     return _load(path, None, path=path, name=name, split=split)
+
+
+def _prepared(path: str) -> bool:
+    """Whether the library's cache holds rows of a hub dataset, which it then reads without a network."""
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    namespace, _, own = path.rpartition("/")
+    own = camelcase_to_snakecase(own)
+    return (Path(config.HF_DATASETS_CACHE) / (f"{namespace}___{own}" if namespace else own)).is_dir()
+
+
+def _not_loaded(label: str, on_hub: bool, split: Any, name: Any, reason: str) -> DataError:
+    of_part = f"(split {split!r}, name {name!r})"
+    what = (
+        f"There is no file or folder {label} here, and as a data set of the hub {of_part} it"
+        if on_hub
+        else f"{label}, a data set {of_part},"
+    )
+    return DataError(
+        f"{what} cannot be loaded: {reason}. Check path or name, split and configuration; for a mirror of the hub set HF_ENDPOINT"
+    )
 
 
 def _load(label: str, folder: Path | None, **arguments: Any) -> RowTable:
@@ -288,11 +314,7 @@ def _load(label: str, folder: Path | None, **arguments: Any) -> RowTable:
         content = datasets.load_dataset(**arguments)
     except Exception as error:  # the library raises many kinds, those of the network among them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        missing = "" if folder is not None else f" There is no file or folder {label} here either."
-        raise DataError(
-            f"{label} cannot be loaded as a data set (split {arguments['split']!r}, name {arguments['name']!r}): {reason}.{missing} "
-            "Check path or name, split and configuration; for a mirror of the hub set HF_ENDPOINT"
-        ) from None
+        raise _not_loaded(label, folder is None, arguments["split"], arguments["name"], reason.rstrip(".")) from None
     return RowTable(label, folder or cache[0], _dataset_rows(content), roots=cache)
 
 

@@ -52,6 +52,13 @@ from finesight.training.telemetry import METRICS, duration, progress
 
 SUMMARY, REPORT, ANSWERS = "summary.json", "report.html", "answers.jsonl"
 _STAGES = 7
+# The folders of what was measured, in a reader's words.
+_WHEN = {
+    "before": "before training",
+    "after": "after training",
+    "before_rewards": "before reinforcement",
+    "after_rewards": "after reinforcement",
+}
 # Streams of random draws, so that no two sets of scenes are alike.
 _READING, _NEW, _HELD_OUT = 1, 2, 3
 
@@ -185,7 +192,8 @@ class _Demo:
         model = recipe.model.model_copy(update={"adapter": None if adapter is None else str(adapter)})
         loaded = load_model(model, data=recipe.data)
         answered: dict[str, int] = {}
-        with progress(self.console, f"Answers {label}", sum(len(task.conversations) for task in tasks)) as advance:
+        when = _WHEN[label]
+        with progress(self.console, f"Answers {when}", sum(len(task.conversations) for task in tasks)) as advance:
 
             def on_progress(task: str, done: int, total: int) -> None:
                 advance(done - answered.get(task, 0))
@@ -194,7 +202,7 @@ class _Demo:
             result = evaluate_model(loaded, tasks, recipe.evaluation, seed=self.seed, on_progress=on_progress)
         result.write(self.folders.output / label)
         for task in result.tasks:
-            self._say(f"{task.task}: {task.accuracy:.1%} {label} training")
+            self._say(f"{task.task}: {task.accuracy:.1%} {when}")
         return result
 
     def _fresh_answers(self, adapter: Path) -> list[dict[str, Any]]:
@@ -203,7 +211,7 @@ class _Demo:
         rows = [rows_file(folder, question).read_text(encoding="utf-8").splitlines() for question in NEW_QUESTIONS]
         asked = [line for of_scene in list(zip(*rows, strict=True))[: self.settings.judging.shown_scenes] for line in of_scene]
         (folder / "a_few.jsonl").write_text("".join(f"{line}\n" for line in asked), encoding="utf-8")
-        arguments = ["predict", str(folder / "a_few.jsonl"), "--adapter", str(adapter), "--output", str(output)]
+        arguments = ["predict", str(folder / "a_few.jsonl"), "--adapter", str(adapter), "--output", str(output), "--overwrite"]
         self._say(f"$ finesight {' '.join(arguments)}")
         with self.console.status("Waiting for the answers"):
             ran = subprocess.run([sys.executable, "-m", "finesight", *arguments], capture_output=True, text=True, check=False)

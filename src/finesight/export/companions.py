@@ -17,9 +17,10 @@ from finesight.export.stored import INDEX
 from finesight.models.adapter_metadata import METADATA, METADATA_FORMAT, AdapterMetadata
 from finesight.recipe import ModelSettings
 
-# Patterns of what is copied; weights, in whatever format, and other people's notes on the base are not among them.
+# Patterns of what is copied; weights, in whatever format, and other people's notes on the base are not among them. Nor is the
+# manifest of a base that Finesight wrote, whose hashes are those of the base's files.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_LEFT = (INDEX, METADATA, "config.json", "adapter_config.json", "pytorch_model.bin.index.json")
+_LEFT = (INDEX, METADATA, "config.json", "adapter_config.json", "manifest.json", "pytorch_model.bin.index.json")
 
 
 def local_checkpoint(settings: ModelSettings) -> Path:

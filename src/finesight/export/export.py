@@ -20,6 +20,7 @@ from finesight.export.four_bit import FOUR_BIT, quantization_config
 from finesight.export.merge import Merged, Merger, MergeSettings, Rounding, tensor_differences, write_merged
 from finesight.export.stored import StoredCheckpoint, empty_model
 from finesight.export.verify import BOUNDS, Agreement, Witness, agreement, drawn_prompts, witness
+from finesight.file_modes import give_usual_mode
 from finesight.models.adapter_metadata import ADAPTER_CONFIG, ADAPTER_WEIGHTS, METADATA, AdapterMetadata, checked_folder, read_metadata
 from finesight.models.load import load_model
 from finesight.models.quantize import Scheme
@@ -105,8 +106,7 @@ def export(
         ModelError: base or adapter cannot be read.
     """
     output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
+    check_output(output)
     trained = model.adapter if model.adapter is not None else model.name_or_path
     metadata = read_metadata(trained)
     known = _as_trained(model, metadata, settings)
@@ -124,12 +124,23 @@ def export(
                 f"The export does not answer as what was trained: {held}. {where()} Nothing is left at {output}. If this is as near as the "
                 f"precision comes, choose --dtype float32, or allow more with --bound (in nats)."
             )
+        give_usual_mode(partial)
         if output.exists():
             output.rmdir()
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Export(output, settings.to, held, merged, metadata, tuple(notes))
+
+
+def check_output(output: Path) -> None:
+    """Refuses what an export would replace.
+
+    Raises:
+        ExportError: the folder is not empty, or a file.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} exists already. Give a new folder, or delete that one.")
 
 
 def _as_trained(model: ModelSettings, metadata: AdapterMetadata | None, settings: ExportSettings) -> ModelSettings:

@@ -84,6 +84,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
     if metadata is not None and family is not None and metadata.family != family:
         label = FAMILIES[metadata.family].label if metadata.family in FAMILIES else metadata.family
         raise ModelError(f"The adapter in {folder} was trained on {label} ({metadata.base}), not on this {family} model. Use that base.")
+    _check_shapes(model, folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
@@ -99,9 +100,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
                     cast(Any, model), str(folder), name, is_trainable=is_trainable, config=adapt_quantized_experts(config)
                 )
     except (ValueError, RuntimeError, TypeError, KeyError, OSError, SafetensorError) as error:
-        raise ModelError(
-            f"The adapter in {folder} does not fit this model: {_first_line(error)} It names the base {adapter_base(folder)}."
-        ) from error
+        raise ModelError(f"The adapter in {folder} does not fit this model: {_first_line(error)} {_bases(model, folder)}") from error
     _check_tensors(wrapped, folder, name)
     if is_trainable:
         freeze_biases_of_other_parts(wrapped)
@@ -120,13 +119,43 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def _check_tensors(model: PeftModel, folder: Path, name: str) -> None:
-    """peft leaves what a file lacks at its first values and passes over what it has too much; neither is right."""
+def _check_shapes(model: nn.Module, folder: Path) -> None:
+    """Compares the inputs and outputs of adapted matrices with those of the base, before anything is put onto it.
+
+    Names that the base does not have are left to :func:`_check_tensors`: peft knows what transformers has renamed.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = dict(base.named_modules())
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            stored = set(file.keys())
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - the file is no mapping
     except SafetensorError as error:
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged: {error}.") from None
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is damaged: {error}. Copy it again, or use a checkpoint of its run.") from None
+    for key, shape in shapes.items():
+        path, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        features, axis = ("in_features", 1) if part == "A.weight" else ("out_features", 0)
+        wanted = getattr(modules.get(path), features, None)
+        if part in ("A.weight", "B.weight") and isinstance(wanted, int) and len(shape) == 2 and shape[axis] != wanted:
+            raise ModelError(
+                f"The adapter in {folder} does not fit this model: {path} has {wanted:,} {features} here and {shape[axis]:,} in the "
+                f"adapter. {_bases(model, folder)}"
+            )
+
+
+def _bases(model: nn.Module, folder: Path) -> str:
+    """Which base an adapter names and which it was given, and what to do about it."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    given = getattr(base, "name_or_path", None) or "another one"
+    named = adapter_base(folder)
+    if named == given:
+        return f"It names the base {named}, which is the one given: its files are not of one run, or the base was replaced since."
+    return f"It names the base {named}; the one given is {given}. Give the former with --model (model.name_or_path), or an adapter of the latter."
+
+
+def _check_tensors(model: PeftModel, folder: Path, name: str) -> None:
+    """peft leaves what a file lacks at its first values and passes over what it has too much; neither is right."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     if stored != expected:
         missing, surplus = sorted(expected - stored), sorted(stored - expected)
@@ -134,10 +163,11 @@ def _check_tensors(model: PeftModel, folder: Path, name: str) -> None:
             f"{len(names)} {what} (such as {names[0]})" for names, what in ((missing, "missing"), (surplus, "without a place")) if names
         )
         raise ModelError(
-            f"The tensors of {folder / ADAPTER_WEIGHTS} are not those of its adapter on this model: {shown}. Use the base that it was trained on."
+            f"The tensors of {folder / ADAPTER_WEIGHTS} are not those of its adapter on this model: {shown}. {_bases(model, folder)}"
         )
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    said = more[0].strip() if first.endswith(":") and more else first  # torch heads a list of what differs
+    return said.rstrip(".") + "."

@@ -103,7 +103,7 @@ class GrammarCompiler:
         except (ValueError, RecursionError) as error:
             raise GrammarError(f"The JSON schema cannot be used: {_first_line(str(error))}.") from None
         if matcher.is_error():
-            raise GrammarError(f"The JSON schema cannot be used: {_first_line(matcher.get_error())}.")
+            raise GrammarError(_unusable(matcher.get_error()))
         made = Grammar(matcher, self._words)
         made.begin().allowed()  # a schema that nothing satisfies comes to light here
         return made
@@ -124,7 +124,14 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     except (ValueError, RecursionError) as error:
         fault = str(error)
     if fault:
-        raise GrammarError(f"The JSON schema cannot be used: {_first_line(fault)}.")
+        raise GrammarError(_unusable(fault))
+
+
+def _unusable(fault: str) -> str:
+    line = _first_line(fault)
+    return (
+        f"The JSON schema cannot be used: {line}{'; answers cannot be held to these, remove them' if 'Unimplemented keys' in line else ''}."
+    )
 
 
 def _library_grammar(schema: Mapping[str, Any]) -> str:

@@ -4,13 +4,14 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from finesight import __version__
 from finesight.errors import FinesightError, ModelError
 from finesight.serve.errors import ApiError
+from finesight.serve.form_errors import form_error
 from finesight.serve.guard import Guard
 from finesight.serve.models import ModelShelf
 from finesight.serve.runtime_adapters import add_routes
@@ -129,21 +130,13 @@ def _answer_errors(app: Any) -> None:
     def refusal(error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
 
-    def path(problem: dict[str, Any], body: Any) -> list[str]:
-        return field_path(problem["loc"][1:], body, missing=problem["type"] == "missing")
-
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
         return refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_wrong_form(request: Request, error: RequestValidationError) -> JSONResponse:
-        problem = max(error.errors(), key=lambda each: len(path(each, error.body)))  # of a union the member that was meant: it goes deepest
-        if problem["type"] == "json_invalid":
-            fault = problem.get("ctx", {}).get("error", problem["msg"])
-            return refusal(ApiError(400, f"The body is not JSON: {fault} at character {problem['loc'][-1]}.", code="invalid_form"))
-        where = ".".join(path(problem, error.body))
-        return refusal(ApiError(400, f"{where or 'body'}: {problem['msg']}", code="invalid_form", param=where or None))
+        return refusal(form_error(error.errors(), error.body))
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -157,24 +150,6 @@ def _answer_errors(app: Any) -> None:
     @app.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return refusal(ApiError(500, "The server failed.", code="internal_error"))
-
-
-def field_path(location: Sequence[str | int], body: Any, *, missing: bool) -> list[str]:
-    """A field of a request as its client knows it: pydantic's location without the names of a union's members.
-
-    Args:
-        location: steps from the body down, such as `("response_format", "json_schema", "json_schema", "name")`.
-        body: the request, which knows which of them are its own.
-        missing: the last step is a field that the body lacks.
-    """
-    found: list[str] = []
-    for place, step in enumerate(location):
-        if step in body if isinstance(body, dict) else isinstance(body, list) and isinstance(step, int) and step < len(body):
-            body = body[step]
-        elif not (missing and place == len(location) - 1):
-            continue
-        found.append(str(step))
-    return found
 
 
 def serve(shelf: ModelShelf, settings: ServeSettings, on_ready: Callable[[str], None] = lambda address: None) -> None:

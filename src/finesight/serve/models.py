@@ -65,7 +65,9 @@ class ModelShelf:
             Path(settings.name_or_path).resolve().name if Path(settings.name_or_path).is_dir() else settings.name_or_path
         )
         if base_name in adapters:
-            raise ModelError(f"An adapter and the base are both called {base_name}. Give one of them another name.")
+            raise ModelError(
+                f"An adapter and the base are both called {base_name}. Name the base with --name, or the adapter with NAME=folder."
+            )
         self.loaded: LoadedModel = load_model(settings, data=data, device=device)
         self.switch = AdapterSwitch(self.loaded.base, adapters)
         self.packed = PackedModel(self.switch.model.eval())

@@ -173,3 +173,9 @@ class ChatRequest(_Form):
     def stop_texts(self) -> tuple[str, ...]:
         """As a tuple, whatever the form."""
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def field_names(*, nested: bool) -> list[str]:
+    """What fields of a request are called, or of the objects within it."""
+    forms = [form for form in _Form.__subclasses__() if form is not ChatRequest] if nested else [ChatRequest]
+    return sorted({field.alias or name for form in forms for name, field in form.model_fields.items()})

@@ -174,7 +174,8 @@ class Service:
 
     def _too_long(self, what: str) -> ApiError:
         most = self.settings.max_length_tokens
-        return ApiError(400, f"{what}; there is room for {most:,} tokens together.", code="context_length_exceeded", param="messages")
+        room = f"there is room for {most:,} tokens together (the server was started with --max-length-tokens {most})"
+        return ApiError(400, f"{what}; {room}.", code="context_length_exceeded", param="messages")
 
     def _late(self) -> ApiError:
         return ApiError(408, f"The request was not answered within {self.settings.timeout_s:g} s.", code="timeout")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.errors import CheckpointError
+from finesight.file_modes import give_usual_mode
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -76,6 +77,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], about: dict[str, An
     temporary = parent / f".saving-{target.name}-{os.getpid()}"
     temporary.mkdir()
     fill(temporary)
+    give_usual_mode(temporary)
     files = {}
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
         _flush(path)

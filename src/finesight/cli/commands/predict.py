@@ -20,8 +20,9 @@ def predict(
     adapter: AdapterOption = None,
     question: Annotated[str | None, typer.Option("--question", "-q", help="What to ask about each image or video.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSONL file to write, or to replace once all is answered.", show_default="stdout")
+        Path | None, typer.Option("--output", "-o", help="JSONL file to write; it appears once all is answered.", show_default="stdout")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there, once all is answered.")] = False,
     system: SystemOption = None,
     max_completion_length: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
     drawing: Drawing,
@@ -54,6 +55,7 @@ def predict(
             data=DataSettings(**pixels.given(), allow_urls=allow_urls, on_bad_row=on_bad_row),
             source=SourceSettings(path=inputs[0], media_dir=media_dir, system=system),
             schema=schema,
+            overwrite=overwrite,
             console=Console(stderr=True),
         )
     if output is not None:

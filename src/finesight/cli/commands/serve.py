@@ -40,7 +40,7 @@ def serve(
     ] = None,
     engine: Annotated[
         Literal["finesight", "vllm", "sglang"],
-        typer.Option(help="What answers: this project's own server, or another one that is installed."),
+        typer.Option(help="What answers: finesight (this project's own server), or vllm or sglang, if installed.", metavar="<engine>"),
     ] = "finesight",
     print_only: Annotated[bool, typer.Option("--print", help="With another engine: print its command, start nothing.")] = False,
     tensor_parallel_size: Annotated[int, typer.Option(help="With another engine: GPUs that share the model.")] = 1,
