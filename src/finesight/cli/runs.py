@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from finesight.wording import counted
 
 runs = typer.Typer(name="runs", help="List, compare, report, resume and delete runs.", no_args_is_help=True)
 
+_UNLIMITED = 10_000  # characters of a line
 _RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -34,18 +36,38 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="Folder that holds run
     columns = {"steps": "steps", "loss": "last loss", "held-out loss": BEST_LOSS}
     if any(run.is_reinforcement for run in read):
         columns |= {"reward": "last reward", "held-out reward": BEST_REWARD}
-    table = Table("run", "state", *columns, "checkpoints", "GiB", "missing")
+    rows = []
     for run in read:
         figures = run.figures()
-        table.add_row(
-            escape(str(run.path)),
-            run.status,
-            *(_number(figures.get(label)) for label in columns.values()),
-            str(len(run.checkpoints)),
-            f"{run.num_bytes / 2**30:.2f}",
-            ", ".join(run.missing) or "-",
+        rows.append(
+            {
+                "run": escape(str(run.path)),
+                "state": run.status,
+                **{name: _number(figures.get(label)) for name, label in columns.items()},
+                "checkpoints": str(len(run.checkpoints)),
+                "GiB": f"{run.num_bytes / 2**30:.2f}",
+                "missing": ", ".join(run.missing) or "-",
+            }
         )
-    console.print(table)
+    _print_rows(rows, console)
+
+
+def _print_rows(rows: Sequence[Mapping[str, str]], console: Console) -> None:
+    """A table without the columns that hold nothing, or, where it is wider than a terminal, a block for each row; nothing is cut."""
+    named = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    table = Table(*named)
+    for row in rows:
+        table.add_row(*(row[name] for name in named))
+    needed = console.measure(table, options=console.options.update(max_width=_UNLIMITED)).maximum
+    if not console.is_terminal:
+        Console(width=needed).print(table)
+    elif needed <= console.width:
+        console.print(table)
+    else:
+        for row in rows:
+            shown = ", ".join(f"{name} {row[name]}" for name in named if name not in ("run", "state") and row[name] != "-")
+            console.print(f"{row['run']}: {row['state']}", highlight=False, soft_wrap=True)
+            console.print(f"  {shown}", highlight=False, soft_wrap=True)
 
 
 @runs.command()
