@@ -345,7 +345,8 @@ def test_the_command_has_the_words_of_reinforcement(recipe_of, tmp_path, capsys)
             main(["train", str(path), *arguments])
         shown = capsys.readouterr().out
         assert not ended.value.code and "trained on" not in shown and "supervised" not in shown and "One epoch" not in shown
-        assert ("tokens of a prompt" in shown) == (arguments == ["--dry-run"]) != ("evaluation.tasks names no grader" in shown)
+        assert ("tokens of a prompt" in shown) == (arguments == ["--dry-run"]) != ("Next: name a grader in evaluation.tasks" in shown)
+        assert shown.count("Next:") == shown.count("finesight eval") == int(not arguments)
 
 
 def test_failures_with_images_blanked_are_told_apart_and_each_reason_once(recipe_of, tmp_path):
