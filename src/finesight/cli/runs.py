@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finesight.errors import CheckpointError
+from finesight.errors import CheckpointError, RecipeError
 from finesight.wording import counted
 
 runs = typer.Typer(name="runs", help="List, compare, report, resume and delete runs.", no_args_is_help=True)
@@ -120,6 +121,7 @@ def report(folder: _RunArgument) -> None:
 @runs.command()
 def resume(
     folder: _RunArgument,
+    overrides: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin also where the GPU's memory is planned not to suffice.")] = False,
 ) -> None:
     """Go on with a run from its newest valid checkpoint, with the run's own recipe.
@@ -129,6 +131,11 @@ def resume(
     from finesight.recipe_files import RECIPE_FILE, load_recipe
     from finesight.training.run_folder import read_run
 
+    if overrides:
+        raise RecipeError(
+            f"A resumed run keeps its settings; {' '.join(overrides)} cannot be changed here. To train on from its weights under others, start a new "
+            "run with `finesight train` and model.adapter."
+        )
     run = read_run(folder)
     if not run.checkpoints:
         ended = f" It has ended ({run.status})." if run.weights is not None else ""
@@ -137,6 +144,13 @@ def resume(
     from finesight.training.run import train
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    if run.begun_in not in (None, str(Path.cwd())):
+        again = shlex.join(["finesight", "runs", "resume", str(folder.absolute())])
+        console.print(
+            f"Note: the run was begun in {run.begun_in}, and relative paths in its recipe start at the present folder, {Path.cwd()}. "
+            f"If something is not found here: cd {shlex.quote(str(run.begun_in))} && {again}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     result = train(recipe, console=console, force=force)
     if result.interrupted:
         console.print(f"Stopped. To go on: finesight runs resume {folder}", highlight=False, markup=False, soft_wrap=True)
