@@ -217,6 +217,20 @@ class TestCheck:
             assert ran.status == 2 and f"takes '{column}', which is no column" in ran.err
         assert run("check", "kept/recipe.yaml", "grpo={}", "rewards=[exact_match]", task).status == 0
 
+    def test_a_reward_function_that_fails_is_warned_of(self, work: Path, run: Run) -> None:
+        Path("own.py").write_text(
+            "def brief(completions, **columns):\n    print('called')\n    return [1.0 for c in completions if c[0]['content']]\n\n"
+            "def broken(completions, **columns):\n    return [len(c['content']) for c in completions]\n\n"
+            "async def bare(completions):\n    return 1.0\n",
+            encoding="utf-8",
+        )
+        ran = run("check", "recipe.yaml", "grpo={}", "rewards=[own.py:brief,own.py:broken,own.py:bare,exact_match]", "--json")
+        assert ran.status == 0 and json.loads(ran.out) and ran.err.count("called") == 1 and ran.err.count("WARNING") == 2
+        assert (
+            "own.py:broken fails" in ran.err and "TypeError: list indices must be integers" in ran.err and "(line 6 of own.py)" in ran.err
+        )
+        assert "own.py:bare fails" in ran.err and "it gave 1.0 for 1 completion; it must give a list" in ran.err
+
     def test_missing_data(self, work: Path, run: Run) -> None:
         ran = run("check", "data/none.jsonl")
         assert ran.status == 2 and "data/none.jsonl does not exist" in ran.err

@@ -169,7 +169,7 @@ def test_list_and_compare(trained: Path, call: Call, tmp_path: Path) -> None:
     assert "There are no runs" in call("runs", "list", trained / "data")[1]
 
 
-def test_resume_with_the_runs_own_recipe(trained: Path, call: Call, tmp_path: Path) -> None:
+def test_resume_with_the_runs_own_recipe(trained: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that lost its last step goes on from the one before, wherever its folder lies now."""
     run = tmp_path / "elsewhere"
     shutil.copytree(trained / "runs" / "first", run)
@@ -180,6 +180,14 @@ def test_resume_with_the_runs_own_recipe(trained: Path, call: Call, tmp_path: Pa
     assert status == 0, err
     assert "Going on from" in out and "step 1 of 2" in out
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    status, _, err = call("runs", "resume", run, "training.max_steps=60")
+    assert status == 2 and "A resumed run keeps its settings; training.max_steps=60 cannot be changed here" in err
+    assert "was begun in" not in out
+    begun_in = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call("runs", "resume", "elsewhere")
+    assert status == 0, err
+    assert f"cd {begun_in} && finesight runs resume {run}\n" in out and f"present folder, {tmp_path}." in out
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     status, _, err = call("runs", "resume", run)

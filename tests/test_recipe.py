@@ -86,6 +86,22 @@ class TestFile:
         with pytest.raises(RecipeError, match=r"mine\.yaml"):
             load_recipe(path)
 
+    def test_rows_beside_a_recipe_in_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What lies in the present folder goes first, as ever; names of the hub stay names."""
+        (tmp_path / "own" / "images").mkdir(parents=True)
+        (tmp_path / "here").mkdir()
+        for file in ("own/rows.jsonl", "own/both.jsonl", "own/held.jsonl", "here/both.jsonl"):
+            (tmp_path / file).touch()
+        sources = "[{path: rows.jsonl, media_dir: images}, both.jsonl, someone/charts]"
+        (tmp_path / "own" / "recipe.yaml").write_text(f"{MINIMAL}data: {{train: {sources}, eval_split: held.jsonl}}\n", encoding="utf-8")
+        monkeypatch.chdir(tmp_path / "here")
+        data = load_recipe("../own/recipe.yaml").data
+        assert [source.path for source in data.train] == ["../own/rows.jsonl", "both.jsonl", "someone/charts"]
+        assert [source.media_dir for source in data.train] == ["../own/images", None, None] and data.eval_split == "../own/held.jsonl"
+        assert load_recipe("../own/recipe.yaml", ["data.eval_split=5%"]).data.eval_split == "5%"
+        monkeypatch.chdir(tmp_path / "own")
+        assert load_recipe("recipe.yaml").data.eval_split == "held.jsonl"
+
 
 class TestOverrides:
     def test_dotted_names_replace_and_add(self, minimal: Path) -> None:

@@ -28,7 +28,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """Read a YAML recipe and apply dotted overrides such as ``training.learning_rate=2e-5``.
 
     A file that a reward or grader names and that lies beside the recipe is named from the present folder from here on, as all
-    other paths of a recipe are; so is it in what a run saves.
+    other paths of a recipe are; so is it in what a run saves. The same holds for rows and `media_dir` that are not in the present
+    folder.
 
     Raises:
         RecipeError: the file is missing or no YAML, a name is unknown, or a value does not fit.
@@ -48,20 +49,34 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     for override in overrides:
         _apply_override(content, override)
     recipe = parse_recipe(content, origin=str(path) if path is not None else "the settings given")
-    return recipe if path is None else _with_code_beside(recipe, Path(path).parent)
+    return recipe if path is None else _with_files_beside(recipe, Path(path).parent)
 
 
-def _with_code_beside(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with what :func:`_found_beside` makes of the names of its rewards and graders."""
+def _with_files_beside(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with what lies beside it, in `folder`, named from the present folder: code, and rows."""
+    if folder.resolve() == Path.cwd():
+        return recipe
+    train = [
+        source.model_copy(update={name: _data_beside(getattr(source, name), folder) for name in ("path", "media_dir")})
+        for source in recipe.data.train
+    ]
+    data = recipe.data.model_copy(update={"train": train, "eval_split": _data_beside(recipe.data.eval_split, folder)})
     rewards = [reward.model_copy(update={"name": _found_beside(reward.name, folder)}) for reward in recipe.rewards]
     tasks = [task.model_copy(update={"grader": _found_beside(task.grader, folder)}) for task in recipe.evaluation.tasks]
-    return recipe.model_copy(update={"rewards": rewards, "evaluation": recipe.evaluation.model_copy(update={"tasks": tasks})})
+    return recipe.model_copy(update={"data": data, "rewards": rewards, "evaluation": recipe.evaluation.model_copy(update={"tasks": tasks})})
+
+
+def _data_beside(path: str | None, folder: Path) -> str | None:
+    """A path as it is called from the present folder where it is not there but in `folder`; others, also hub names, as they are."""
+    if path is None or Path(path).exists() or not (folder / path).exists():
+        return path
+    return os.path.relpath(folder / path)
 
 
 def _found_beside(name: str, folder: Path) -> str:
     """`file.py:function` or `file.py` with the file as it is called from the present folder; other names as they are."""
     file = name if name.endswith(".py") else name.rpartition(":")[0]
-    if not file.endswith(".py") or Path(file).is_absolute() or folder.resolve() == Path.cwd() or not (folder / file).is_file():
+    if not file.endswith(".py") or Path(file).is_absolute() or not (folder / file).is_file():
         return name
     return os.path.relpath(folder / file) + name[len(file) :]
 

@@ -304,6 +304,7 @@ class TestOfARecipe:
         for name, message in (
             ("wrong_xyz.py:g", "without a name"), ("wrong_xyz.py", "one public function, it has f, g"), ("wrong_xyz:h", r"has no function 'h'; it has f, g\. Define it as h\(completions"),
             ("anlz", "Did you mean 'anls'"), ("absent.py", "no file absent.py, neither beside the recipe nor in /"),
+            ("absent_xyz:f", r"No module named 'absent_xyz'\. A file, beside the recipe or in /.*, is named as absent_xyz\.py:function"),
         ):  # fmt: skip
             with pytest.raises(EvaluationError, match=message):
                 load_rewards([RewardSettings(name=name)], base_dir=tmp_path)

@@ -63,6 +63,12 @@ def raises(completions, **kwargs):
 def short(completions, **kwargs):
     return [1.0]
 
+def bare(completions, **kwargs):
+    return 1.0
+
+def judges_nothing(completions, **kwargs):
+    return [None] * len(completions)
+
 def fails_held_out(completions, **kwargs):
     if len(completions) == 12:
         return [0.0] * 12
@@ -248,6 +254,36 @@ def test_a_reward_that_fails_is_told_and_the_run_goes_on(recipe_of, tmp_path):
     assert "failed: " in (result.output_dir / "report.html").read_text(encoding="utf-8")
 
 
+def line_of(code: str) -> int:
+    return REWARDS[: REWARDS.index(code)].count("\n") + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("raises", f"KeyError: 'a' (line {line_of('return {}[')} of own.py)"),
+        (
+            "bare",
+            "it gave 1.0 for 12 completions; it must give a list of one number or None for each, as f(completions, **columns) -> list",
+        ),
+        ("short", "it gave 1 values for 12 completions; it must give a list"),
+    ],
+)
+def test_a_reward_that_always_fails_is_warned_of_and_stops_a_run_that_has_no_other(recipe_of, tmp_path, name, reason):
+    out = io.StringIO()
+    result = train(recipe_of(tmp_path / "two", "letters", name), console=Console(file=out, width=400))
+    assert result.state.step == 3
+    told = re.sub(r"\S*own.py:", "own.py:", out.getvalue())
+    warning = f"WARNING: the reward own.py:{name} gave no number for any of the 12 completions of the first rollout: {reason}"
+    assert told.count(warning) == 1, told
+    assert f"The reward own.py:{name} failed for 36 of 36 completions." in told
+    assert "letters failed" not in told and "times)" not in told
+    with pytest.raises(EvaluationError, match=r"No reward gave a number for any of the 12 completions") as stopped:
+        run(recipe_of(tmp_path / "alone", name))
+    assert f"own.py:{name}: {reason}" in str(stopped.value)
+    assert not [path.name for path in (tmp_path / "alone").iterdir() if path.is_dir()]  # neither weights nor checkpoints
+
+
 def test_what_functions_log_is_kept_and_passes_for_nothing_else(recipe_of, tmp_path):
     result = run(recipe_of(tmp_path / "run", "logs", training={"max_steps": 1}))
     (line,) = steps_of(result)
@@ -259,11 +295,11 @@ def test_what_functions_log_is_kept_and_passes_for_nothing_else(recipe_of, tmp_p
 
 def test_a_run_without_any_reward_says_so_and_has_a_report(recipe_of, tmp_path):
     out = io.StringIO()
-    result = train(recipe_of(tmp_path / "run", "short", training={"max_steps": 1}), console=Console(file=out, width=400))
+    result = train(recipe_of(tmp_path / "run", "judges_nothing", training={"max_steps": 1}), console=Console(file=out, width=400))
     assert not any("reward" in line for line in result.history)
     assert "No reward was given in any step" in out.getvalue() and f"Report: {result.output_dir / 'report.html'}" in out.getvalue()
     page = (result.output_dir / "report.html").read_text(encoding="utf-8")
-    assert "No reward was given in any step" in page and "it gave 1 values for 12 completions" in page
+    assert "No reward was given in any step" in page
     assert "Completions of step 1: 3 of 3 prompts, mean reward not given" in page
     run = read_run(result.output_dir)
     assert run.is_reinforcement and run.missing == ()
@@ -310,7 +346,8 @@ def test_the_command_has_the_words_of_reinforcement(recipe_of, tmp_path, capsys)
             main(["train", str(path), *arguments])
         shown = capsys.readouterr().out
         assert not ended.value.code and "trained on" not in shown and "supervised" not in shown and "One epoch" not in shown
-        assert ("tokens of a prompt" in shown) == (arguments == ["--dry-run"]) != ("evaluation.tasks names no grader" in shown)
+        assert ("tokens of a prompt" in shown) == (arguments == ["--dry-run"]) != ("Next: name a grader in evaluation.tasks" in shown)
+        assert shown.count("Next:") == shown.count("finesight eval") == int(not arguments)
 
 
 def test_failures_with_images_blanked_are_told_apart_and_each_reason_once(recipe_of, tmp_path):
@@ -322,10 +359,8 @@ def test_failures_with_images_blanked_are_told_apart_and_each_reason_once(recipe
     assert steps_of(result)[0]["rewards/raises/failed"] == 12
     assert f"{blind['count']} rewards of completions with images blanked failed" in out.getvalue()
     (reason,) = trained["failures"]  # one reason, each of the three rows once
-    line = REWARDS[: REWARDS.index('return {}["a"]')].count("\n") + 1
-    assert reason.endswith(f"KeyError: 'a' (line {line} of own.py) (12 times)") and re.search(
-        r"rows.jsonl, rows \d, \d, \d: KeyError", reason
-    )
+    line = line_of('return {}["a"]')
+    assert reason.endswith(f"KeyError: 'a' (line {line} of own.py)") and re.search(r"rows.jsonl, rows \d, \d, \d: KeyError", reason)
 
 
 def test_full_tuning_and_held_out_reward(recipe_of, tmp_path):

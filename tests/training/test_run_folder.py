@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,22 @@ def test_runs_in_a_folder(tmp_path: Path) -> None:
     assert not is_run(runs[0] / "adapter")  # which keeps the recipe too
     with pytest.raises(CheckpointError, match="does not exist"):
         find_runs(tmp_path / "none")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_list_cuts_no_name(terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [written_run(tmp_path / f"a-run-with-a-long-name-{number}", ended=number == 1) for number in (1, 2)]
+    monkeypatch.setenv("COLUMNS", "80")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "list", str(tmp_path)])
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert not ended.value.code and "…" not in shown
+    lines = [next(line for line in shown.splitlines() if str(run) in line) for run in runs]
+    assert "finished" in lines[0] and "stopped or running" in lines[1] and "versions, report" in shown
+    assert "held-out loss" not in shown  # none was measured
+    assert ("┃" in shown) != terminal  # a table as wide as it must be, or a block for each run
 
 
 def test_settings_that_differ(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from rich.console import Console
@@ -25,11 +27,13 @@ from finesight.recipe import Recipe
 from finesight.recipe_files import load_recipe
 from finesight.tasks.frames import frames_of
 from finesight.tasks.graders import check_graders
-from finesight.tasks.rewards import check_rewards, load_rewards
+from finesight.tasks.reward_types import Reward, RewardCall
+from finesight.tasks.rewards import RewardSet, check_rewards, load_rewards
 from finesight.training.prepare import data_seed, encode_all
 from finesight.training.telemetry import progress
 
 _NO_MODEL = "(none)"
+_TRIED_TEXT = "A short answer."  # the completion that functions are tried with
 
 
 def target_recipe(target: str, model: str | None, overrides: Sequence[str]) -> tuple[Recipe, bool]:
@@ -91,7 +95,9 @@ def check_recipe(recipe: Recipe, *, with_model: bool, console: Console, base_dir
         train, held_out = ([c for c in side if id(c) in samples] for side in (train, held_out))
     if train or held_out:
         frames = None if processor is None else frames_of(processor)
-        check_rewards(load_rewards(recipe.rewards, base_dir=base_dir, frames=frames), [*train, *held_out])
+        rewards = load_rewards(recipe.rewards, base_dir=base_dir, frames=frames)
+        check_rewards(rewards, [*train, *held_out])
+        _try_functions(rewards, (train or held_out)[0], console)
     eval_split = recipe.data.eval_split
     if train and eval_split is not None and is_share(eval_split):
         train, held_out = hold_out(train, eval_split, data_seed(recipe))
@@ -103,6 +109,20 @@ def check_recipe(recipe: Recipe, *, with_model: bool, console: Console, base_dir
         held_out=held_out,
         formats={result.file: result.format for result in (*sources, *held_out_results)},
     )
+
+
+def _try_functions(rewards: Sequence[Reward], row: Conversation, console: Console) -> None:
+    """Calls each function of the user once, as training does, and warns of those that fail: another completion may be judged well."""
+    call = RewardCall((row,), texts=(_TRIED_TEXT,), completion_ids=((0, 1, 2),), group=(0,))
+    functions = [reward for reward in rewards if reward.function is not None]
+    with redirect_stdout(sys.stderr):  # what a function prints is no part of the result
+        failures = RewardSet(functions).earned(call).failures
+    for failure in failures:
+        console.print(
+            f"WARNING: the reward {failure.reward} fails for the completion {_TRIED_TEXT!r} of {failure.source}: {failure.message}. "
+            "If it does so in training, that completion does not get it.",
+            style="bold red", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _joined(results: Sequence[ReadResult]) -> list[Conversation]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finesight.errors import CheckpointError
+from finesight.errors import CheckpointError, RecipeError
 from finesight.wording import counted
 
 runs = typer.Typer(name="runs", help="List, compare, report, resume and delete runs.", no_args_is_help=True)
 
+_UNLIMITED = 10_000  # characters of a line
 _RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -34,18 +37,38 @@ def list_runs(folder: Annotated[Path, typer.Argument(help="Folder that holds run
     columns = {"steps": "steps", "loss": "last loss", "held-out loss": BEST_LOSS}
     if any(run.is_reinforcement for run in read):
         columns |= {"reward": "last reward", "held-out reward": BEST_REWARD}
-    table = Table("run", "state", *columns, "checkpoints", "GiB", "missing")
+    rows = []
     for run in read:
         figures = run.figures()
-        table.add_row(
-            escape(str(run.path)),
-            run.status,
-            *(_number(figures.get(label)) for label in columns.values()),
-            str(len(run.checkpoints)),
-            f"{run.num_bytes / 2**30:.2f}",
-            ", ".join(run.missing) or "-",
+        rows.append(
+            {
+                "run": escape(str(run.path)),
+                "state": run.status,
+                **{name: _number(figures.get(label)) for name, label in columns.items()},
+                "checkpoints": str(len(run.checkpoints)),
+                "GiB": f"{run.num_bytes / 2**30:.2f}",
+                "missing": ", ".join(run.missing) or "-",
+            }
         )
-    console.print(table)
+    _print_rows(rows, console)
+
+
+def _print_rows(rows: Sequence[Mapping[str, str]], console: Console) -> None:
+    """A table without the columns that hold nothing, or, where it is wider than a terminal, a block for each row; nothing is cut."""
+    named = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    table = Table(*named)
+    for row in rows:
+        table.add_row(*(row[name] for name in named))
+    needed = console.measure(table, options=console.options.update(max_width=_UNLIMITED)).maximum
+    if not console.is_terminal:
+        Console(width=needed).print(table)
+    elif needed <= console.width:
+        console.print(table)
+    else:
+        for row in rows:
+            shown = ", ".join(f"{name} {row[name]}" for name in named if name not in ("run", "state") and row[name] != "-")
+            console.print(f"{row['run']}: {row['state']}", highlight=False, soft_wrap=True)
+            console.print(f"  {shown}", highlight=False, soft_wrap=True)
 
 
 @runs.command()
@@ -98,6 +121,7 @@ def report(folder: _RunArgument) -> None:
 @runs.command()
 def resume(
     folder: _RunArgument,
+    overrides: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin also where the GPU's memory is planned not to suffice.")] = False,
 ) -> None:
     """Go on with a run from its newest valid checkpoint, with the run's own recipe.
@@ -107,6 +131,11 @@ def resume(
     from finesight.recipe_files import RECIPE_FILE, load_recipe
     from finesight.training.run_folder import read_run
 
+    if overrides:
+        raise RecipeError(
+            f"A resumed run keeps its settings; {' '.join(overrides)} cannot be changed here. To train on from its weights under others, start a new "
+            "run with `finesight train` and model.adapter."
+        )
     run = read_run(folder)
     if not run.checkpoints:
         ended = f" It has ended ({run.status})." if run.weights is not None else ""
@@ -115,6 +144,13 @@ def resume(
     from finesight.training.run import train
 
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    if run.begun_in not in (None, str(Path.cwd())):
+        again = shlex.join(["finesight", "runs", "resume", str(folder.absolute())])
+        console.print(
+            f"Note: the run was begun in {run.begun_in}, and relative paths in its recipe start at the present folder, {Path.cwd()}. "
+            f"If something is not found here: cd {shlex.quote(str(run.begun_in))} && {again}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     result = train(recipe, console=console, force=force)
     if result.interrupted:
         console.print(f"Stopped. To go on: finesight runs resume {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -158,6 +158,23 @@ class RewardStatistics:
 
 
 @dataclass(frozen=True)
+class RewardTally:
+    """How many of the completions that a reward was asked for it gave a number, and for how many it failed; the rest were None."""
+
+    asked: int = 0
+    given: int = 0
+    failed: int = 0
+
+    def __add__(self, other: RewardTally) -> RewardTally:
+        return RewardTally(self.asked + other.asked, self.given + other.given, self.failed + other.failed)
+
+    @property
+    def always_failed(self) -> bool:
+        """Whether it failed and gave no number at all."""
+        return self.failed > 0 and not self.given
+
+
+@dataclass(frozen=True)
 class Earned:
     """What rewards gave for some completions, B of them."""
 
@@ -203,3 +220,8 @@ class RewardResult:
     total_statistics: RewardStatistics
     metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # what functions logged with log_metric
     extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # columns that functions logged with log_extra, (B,)
+
+    @property
+    def tallies(self) -> dict[str, RewardTally]:
+        """By reward."""
+        return {name: RewardTally(len(self.totals), found.count, found.failed) for name, found in self.statistics.items()}

@@ -28,6 +28,7 @@ from finesight.tasks.frames import Frames
 from finesight.tasks.graders import get_grader
 from finesight.tasks.reward_types import Earned, Reward, RewardCall, RewardFailure, RewardResult, RewardStatistics
 from finesight.tasks.user_code import is_user_function, load_function
+from finesight.wording import counted
 
 SIGNATURE = "(completions, **columns)"
 _GRACE_S = 5.0  # beyond the limit of the slowest coroutine, for cancelling
@@ -320,7 +321,8 @@ def _take(collected: _Collected, reward: Reward, call: RewardCall, given: Any, p
             call,
             places,
             "value",
-            f"it gave {shown} for {len(places)} completions; it must give a list of one number or None for each",
+            f"it gave {shown} for {counted(len(places), 'completion')}; it must give a list of one number or None for each, as "
+            f"f{SIGNATURE} -> list[float | None]",
         )
         return
     for place, value in zip(places, given, strict=True):

@@ -63,7 +63,10 @@ def _import_module(module: str, wanted: str, base_dir: Path) -> ModuleType:
     except EvaluationError:
         raise
     except Exception as error:
-        raise EvaluationError(f"{wanted}: {module} cannot be imported: {type(error).__name__}: {error}") from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            hint = f". A file, beside the recipe or in {base_dir.absolute()}, is named as {module.replace('.', '/')}.py:function"
+        raise EvaluationError(f"{wanted}: {module} cannot be imported: {type(error).__name__}: {error}{hint}") from error
 
 
 def _import_file(path: Path, wanted: str) -> ModuleType:

@@ -15,7 +15,7 @@ from finesight.data.media import describe
 from finesight.errors import CheckpointError, MediaError
 from finesight.evaluation.pictures import thumbnail_of
 from finesight.evaluation.reinforcement import PICTURED_GROUPS
-from finesight.tasks.reward_types import RewardFailure
+from finesight.tasks.reward_types import RewardFailure, RewardTally
 from finesight.training.rollouts import Position, Rollout
 from finesight.training.run_report import COMPLETIONS
 from finesight.training.telemetry import Telemetry
@@ -36,6 +36,8 @@ class RolloutLog:
 
     def __init__(self, output_dir: Path, conversations: Sequence[Conversation], telemetry: Telemetry) -> None:
         self.folder, self.conversations, self.telemetry = output_dir / COMPLETIONS, conversations, telemetry
+        self.tallies: dict[str, RewardTally] = {}  # by reward, of all rollouts so far
+        self._first_step: int | None = None  # of the first rollout: not 1 in a run that goes on
 
     def __call__(self, at: Position, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> None:
         """Keeps one rollout.
@@ -46,6 +48,10 @@ class RolloutLog:
         step = at.step + 1
         tell_failures(self.telemetry, step, rollout.failures)
         tell_failures(self.telemetry, step, rollout.blind_failures, where="of completions with images blanked")
+        if self._first_step is None:
+            self._first_step = step
+            self._warn(rollout)
+        self.tallies = {name: tally + self.tallies.get(name, RewardTally()) for name, tally in rollout.tallies.items()}
         _tell_ablation(self.telemetry, step, rollout.figures)
         path = self.folder / f"step-{step:06d}.parquet"
         try:
@@ -57,6 +63,25 @@ class RolloutLog:
             raise CheckpointError(
                 f"{path} cannot be written: {error.strerror or error}. Free space there, or choose another output_dir."
             ) from error
+
+    def _warn(self, first: Rollout) -> None:
+        """Of rewards that failed in the whole first rollout, which is a mistake in them more often than bad luck."""
+        for name, tally in first.tallies.items():
+            if tally.always_failed:
+                reason = next(failure.message for failure in first.failures if failure.reward == name)
+                self.telemetry.warning(
+                    f"WARNING: the reward {name} gave no number for any of the {counted(tally.asked, 'completion')} of the first rollout: {reason}. "
+                    "The run goes on without what it should have given. If that is not meant, stop the run (Ctrl-C), correct the reward and start again."
+                )
+
+    def failed_lines(self) -> list[str]:
+        """A line for each reward that failed, for the end of a run: for how many of the completions."""
+        since = "" if self._first_step in (None, 1) else f" since step {self._first_step}"
+        return [
+            f"The reward {name} failed for {tally.failed:,} of {counted(tally.asked, 'completion')}{since}."
+            for name, tally in self.tallies.items()
+            if tally.failed
+        ]
 
     def _table(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> pyarrow.Table:
         table = pyarrow.Table.from_pylist(self._records(step, rollout, advantages))
@@ -110,7 +135,7 @@ def tell_failures(telemetry: Telemetry, step: int, failures: Sequence[RewardFail
     alike: dict[tuple[str, str], list[RewardFailure]] = {}
     for failure in failures:
         alike.setdefault((failure.reward, failure.message), []).append(failure)
-    first = [_described(members) for members in list(alike.values())[:_SHOWN_FAILURES]]
+    first = [_described(members, len(failures)) for members in list(alike.values())[:_SHOWN_FAILURES]]
     more = f"; and for {counted(len(alike) - len(first), 'further reason')}" if len(alike) > len(first) else ""
     telemetry.event(
         step,
@@ -120,8 +145,8 @@ def tell_failures(telemetry: Telemetry, step: int, failures: Sequence[RewardFail
     )
 
 
-def _described(alike: Sequence[RewardFailure]) -> str:
-    """Failures of one reward for one reason: the rows, each once, and how many they are."""
+def _described(alike: Sequence[RewardFailure], total: int) -> str:
+    """Failures of one reward for one reason: the rows, each once, and how many they are where they are not all of the total."""
     rows = sorted({(failure.source.file, failure.source.row) for failure in alike})
     files: dict[str, list[int]] = {}
     for file, row in rows[:_SHOWN_ROWS]:
@@ -129,7 +154,7 @@ def _described(alike: Sequence[RewardFailure]) -> str:
     shown = ", ".join(f"{file}, {'row' if len(of) == 1 else 'rows'} {', '.join(map(str, of))}" for file, of in files.items())
     if len(rows) > _SHOWN_ROWS:
         shown += f" and {counted(len(rows) - _SHOWN_ROWS, 'further row')}"
-    times = f" ({len(alike)} times)" if len(alike) > 1 else ""
+    times = f" ({len(alike)} times)" if 1 < len(alike) < total else ""
     return f"{alike[0].reward}, {shown}: {alike[0].message}{times}"
 
 

@@ -18,12 +18,14 @@ import torch
 from finesight.data.blank import blanked
 from finesight.data.conversation import Conversation
 from finesight.data.sample import Sample
+from finesight.errors import EvaluationError
 from finesight.grpo_settings import GRPOSettings, RolloutSettings
 from finesight.sampling.types import Completion, RolloutSampler, SamplingSettings
-from finesight.tasks.reward_types import Earned, Reward, RewardCall, RewardFailure, RewardResult
+from finesight.tasks.reward_types import Earned, Reward, RewardCall, RewardFailure, RewardResult, RewardTally
 from finesight.tasks.rewards import RewardSet
 from finesight.training.grpo_losses import overlong_penalty
 from finesight.training.rollout_shares import Processes
+from finesight.wording import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class Rollout:
     figures: dict[str, float] = field(default_factory=dict)
     failures: tuple[RewardFailure, ...] = ()
     blind_failures: tuple[RewardFailure, ...] = ()  # of the completions with images blanked
+    tallies: Mapping[str, RewardTally] = field(default_factory=dict)  # by reward, of all completions sampled with their images
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class RolloutMaker:
         self.processes = processes
         self.grpo, self.rollout, self.seed, self.max_steps = grpo, rollout, seed, max_steps
         self.labels = reward_labels(rewards.rewards)
+        self._is_first = True
 
     def make(self, rows: Sequence[int], at: Position, *, ablate: bool = False) -> Rollout:
         """A group for each of these rows, or for one that replaces it.
@@ -109,12 +113,16 @@ class RolloutMaker:
             DataError: an image cannot be opened.
             ModelError: the GPU has no memory to sample.
             EngineError: another engine fails.
+            EvaluationError: in the first rollout no reward gave a number, as in :func:`refuse_without_rewards`.
         """
         self.sampler.refresh(at.step)
         groups, result = self._groups(rows, [self.prompts[row] for row in rows], at, "completions")
+        if self._is_first:
+            refuse_without_rewards(result)
+            self._is_first = False
         # Of the first round alone: groups that replaced others were chosen for what they earn.
         figures = {**completion_figures(groups, self.rollout.max_completion_length), **reward_figures(result, groups, self.labels)}
-        failures = list(result.failures)
+        failures, tallies = list(result.failures), result.tallies
         blind_failures: tuple[RewardFailure, ...] = ()
         if ablate:
             blind_figures, blind_failures = self._without_images(rows, groups, at)
@@ -127,6 +135,7 @@ class RolloutMaker:
             rounds += 1
             fresh, result = self._groups(others, [self.prompts[row] for row in others], at, f"round {rounds}")
             failures += result.failures
+            tallies = {name: tally + result.tallies[name] for name, tally in tallies.items()}
             useful = [group for group in fresh if not group.is_constant]
             for place, group in zip(constant, useful, strict=False):
                 groups[place] = group
@@ -134,7 +143,7 @@ class RolloutMaker:
         if self.grpo.max_resampling_rounds:
             figures |= {"resampling/rounds": float(rounds), "resampling/replaced_groups": float(replaced)}
             figures["resampling/constant_groups_left"] = sum(group.is_constant for group in groups) / len(groups)
-        return Rollout(tuple(groups), figures, tuple(failures), blind_failures)
+        return Rollout(tuple(groups), figures, tuple(failures), blind_failures, tallies)
 
     def _groups(self, rows: Sequence[int], prompts: Sequence[Sample], at: Position, purpose: str) -> tuple[list[Group], RewardResult]:
         size = self.grpo.num_generations
@@ -239,6 +248,25 @@ def answers_and_rewards(
     found = processes.exchange((own, rewards.earned(call)))
     group = [number for number in range(len(prompts)) for _ in range(size)]
     return [completion for part, _ in found for completion in part], rewards.result(Earned.joined([part for _, part in found]), group)
+
+
+def refuse_without_rewards(result: RewardResult) -> None:
+    """Refuses to go on where no reward gave a number for any completion, because of failures: nothing can be learnt from that.
+
+    Rewards that give None for all of them, which may apply to other rows, are let pass.
+
+    Raises:
+        EvaluationError: each reward that failed, and its first reason.
+    """
+    if not result.failures or any(tally.given for tally in result.tallies.values()):
+        return
+    first: dict[str, str] = {}
+    for failure in result.failures:
+        first.setdefault(failure.reward, failure.message)
+    raise EvaluationError(
+        f"No reward gave a number for any of the {counted(len(result.totals), 'completion')} of the first rollout, so that there is nothing to "
+        f"learn from: {'; '.join(f'{name}: {message}' for name, message in first.items())}. Correct that and start again; nothing was saved."
+    )
 
 
 def reward_labels(rewards: Sequence[Reward]) -> dict[str, str]:

@@ -42,6 +42,7 @@ class RunFolder:
     run: Mapping[str, Any]  # run.json, written when a run ends; empty before
     state: Mapping[str, Any]  # of run.json, or else of the newest checkpoint
     data_fingerprint: str | None
+    begun_in: str | None  # folder that relative paths of its recipe start at, as its newest checkpoint has it
     metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
     checkpoints: tuple[Path, ...]
     weights: Path | None  # adapter or whole model of a run that ended
@@ -136,6 +137,7 @@ def read_run(folder: str | Path) -> RunFolder:
         run=run,
         # A run that was resumed and stopped again has gone on from what run.json says.
         state=newest if newest.get("step", 0) > state.get("step", 0) else state,
+        begun_in=trainer.get("folder"),
         data_fingerprint=run.get("data_fingerprint") or trainer.get("data_fingerprint"),
         metrics=tuple(read_metrics(path / METRICS)),
         checkpoints=tuple(checkpoints),

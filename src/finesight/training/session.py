@@ -136,6 +136,7 @@ class Session:
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if self.loaded.dtype == torch.float16 else None
         self.metadata = adapter_metadata(self.recipe, prepared.processor)
         self.fingerprint = data_fingerprint(prepared.samples)
+        self.rollout_log: RolloutLog | None = None  # of the first process in a run of reinforcement
 
     def _algorithm(self) -> Algorithm:
         """As the recipe says."""
@@ -365,7 +366,8 @@ class Session:
         schedule = prepared.group_schedule(self.accelerator.num_processes)
         if not self.accelerator.is_main_process:  # all know of every rollout; one writes
             return RolloutSource(feed, schedule, maker, self.packed)
-        return RolloutSource(feed, schedule, maker, self.packed, RolloutLog(self.output_dir, prepared.conversations, telemetry))
+        self.rollout_log = RolloutLog(self.output_dir, prepared.conversations, telemetry)
+        return RolloutSource(feed, schedule, maker, self.packed, self.rollout_log)
 
     def _finish(self, state: TrainerState, reason: StopReason, telemetry: Telemetry, saver: RunSaver) -> RunResult:
         name = weights_folder(self.model)
@@ -412,8 +414,10 @@ class Session:
 
     def _write_report(self, telemetry: Telemetry) -> None:
         """Of reinforcement: curves and completions. What goes wrong with it is told and costs the run nothing."""
-        if self.recipe.grpo is None:
+        if self.rollout_log is None:
             return
+        for line in self.rollout_log.failed_lines():
+            self._say(line)
         if gave_no_reward(telemetry.history):
             self._say(
                 "No reward was given in any step: there was nothing to learn from. A reward that fails is told of above; one that gives None for "

@@ -240,12 +240,13 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
 
 
 def write_trainer_state(folder: Path, state: TrainerState, recipe: Recipe, fingerprint: str) -> None:
-    """Writes `trainer.json`: position, best loss, counters, and the settings and data they belong to."""
+    """Writes `trainer.json`: position, best loss, counters, and the settings, data and folder they belong to."""
     content = {
         "state": state.to_json(),
         "settings": run_settings(recipe),
         "recipe_digest": run_digest(recipe),
         "data_fingerprint": fingerprint,
+        "folder": str(Path.cwd()),  # that relative paths of the recipe start at
     }
     (folder / TRAINER_STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -240,6 +240,10 @@ class Telemetry:
         """A line that stays above the live view."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def warning(self, text: str) -> None:
+        """The same for what should not be overlooked."""
+        self.console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+
     def _log(self) -> None:
         self._record(self._window.summary(), "train")
         self._window = _Window()

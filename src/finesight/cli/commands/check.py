@@ -22,6 +22,9 @@ def check(
     """Look through the data: what it holds, what is wrong with it, what training on it costs.
 
     Every row is read and encoded as training would. Exits with 1 when rows cannot be used.
+
+    Reward functions that the recipe names are run once, on the first row and a made-up completion, as training would run them; one that
+    fails is warned of.
     """
     from finesight.cli.check import check_recipe, target_recipe
 

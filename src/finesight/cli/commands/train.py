@@ -42,10 +42,10 @@ def train(
     if result.interrupted:
         console.print(f"Stopped. To go on: finesight train {again} --resume", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130)
+    following = f"finesight eval {again}"
     if settings.grpo is not None and not settings.evaluation.tasks:
-        console.print(
-            "evaluation.tasks names no grader: finesight eval would measure none of the rewards, the text probe alone. A reward that is a grader can "
-            "be named there too.",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-    console.print(f"Next: finesight eval {again}", highlight=False, markup=False, soft_wrap=True)
+        following = (
+            "name a grader in evaluation.tasks, which names none; a reward that is a grader can be named there too. Then: "
+            f"{following} (without one it would measure none of the rewards, the text probe alone)"
+        )
+    console.print(f"Next: {following}", highlight=False, markup=False, soft_wrap=True)
