@@ -247,7 +247,7 @@ def test_trainer_starts_from_a_recipe_and_settings_go_before_it(checkpoint, rows
     ("settings", "message"),
     [
         ({"learning_rat": 1}, "learning_rate"),
-        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, "train_batch_size: 8"),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, "train_batch_size=8"),
         ({"eval_strategy": "epoch"}, "eval_split"),
     ],
 )
