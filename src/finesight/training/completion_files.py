@@ -14,7 +14,7 @@ from finesight.data.conversation import Conversation
 from finesight.data.media import describe
 from finesight.errors import CheckpointError, MediaError
 from finesight.evaluation.pictures import thumbnail_of
-from finesight.evaluation.reinforcement import PICTURED_GROUPS
+from finesight.evaluation.reinforcement import PICTURED_GROUPS, gave_no_reward
 from finesight.tasks.reward_types import RewardFailure, RewardTally
 from finesight.training.rollouts import Position, Rollout
 from finesight.training.run_report import COMPLETIONS
@@ -74,14 +74,20 @@ class RolloutLog:
                     "The run goes on without what it should have given. If that is not meant, stop the run (Ctrl-C), correct the reward and start again."
                 )
 
-    def failed_lines(self) -> list[str]:
-        """A line for each reward that failed, for the end of a run: for how many of the completions."""
+    def closing_lines(self) -> list[str]:
+        """For the end of a run: for how many completions each reward failed, and whether there was any reward at all."""
         since = "" if self._first_step in (None, 1) else f" since step {self._first_step}"
-        return [
+        lines = [
             f"The reward {name} failed for {tally.failed:,} of {counted(tally.asked, 'completion')}{since}."
             for name, tally in self.tallies.items()
             if tally.failed
         ]
+        if gave_no_reward(self.telemetry.history):
+            lines.append(
+                "No reward was given in any step: there was nothing to learn from. A reward that fails is told of above; one that gives None for "
+                "every completion applies to none of these rows."
+            )
+        return lines
 
     def _table(self, step: int, rollout: Rollout, advantages: Sequence[Sequence[float]]) -> pyarrow.Table:
         table = pyarrow.Table.from_pylist(self._records(step, rollout, advantages))

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from finesight.data.feed import Feed
 from finesight.data.processor import Processor
 from finesight.errors import FinesightError, ModelError, RecipeError
-from finesight.evaluation.reinforcement import gave_no_reward
 from finesight.models.adapter_metadata import adapter_metadata, library_versions
 from finesight.models.adapters import apply_tuning
 from finesight.models.compilation import STEADY_TOKENS, compiles_well, keep_compiled_code
@@ -388,7 +387,7 @@ class Session:
             self.kept = self.packed.feature_cache = None
         if self.accelerator.is_main_process:
             self._write_run(state, reason)
-            self._write_report(telemetry)
+            self._write_report()
         if self.recipe.training.report_to:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
@@ -412,17 +411,12 @@ class Session:
         save_weights(self.model, folder, self.metadata, self.prepared.processor, weights)
         (folder / RECIPE_FILE).write_text(dump_recipe(self.recipe), encoding="utf-8")
 
-    def _write_report(self, telemetry: Telemetry) -> None:
+    def _write_report(self) -> None:
         """Of reinforcement: curves and completions. What goes wrong with it is told and costs the run nothing."""
         if self.rollout_log is None:
             return
-        for line in self.rollout_log.failed_lines():
+        for line in self.rollout_log.closing_lines():
             self._say(line)
-        if gave_no_reward(telemetry.history):
-            self._say(
-                "No reward was given in any step: there was nothing to learn from. A reward that fails is told of above; one that gives None for "
-                "every completion applies to none of these rows."
-            )
         try:
             path = write_run_report(self.output_dir)
         except (FinesightError, OSError) as error:
